@@ -1,0 +1,196 @@
+"""Batches for one rank: which rows of the global batch are its own, fetched ahead of training by one thread.
+
+    global batch s     rows  first + sB ... first + (s+1)B - 1          B = batch_rows, whatever the world
+    micro batch m      rows  first + sB + m*b ... + b - 1               b = micro_batch_size
+    rank r of W        micro batches  m = a*W + r                       a = 0 ... B / (b W) - 1, accumulation
+
+A micro batch is the same group of rows in every layout; only who computes it changes. The position is the
+number of rows consumed, so a resume is an index: nothing is replayed, and the world may differ.
+
+One thread in this process is enough (rows are slices of memory maps). It runs a few steps ahead; what it has
+fetched and training has not taken does not count as consumed.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from data_pipeline.document import DataError
+
+AHEAD_STEPS = 2
+"""Steps that are kept ready."""
+
+
+class Rows(Protocol):
+    """What the loader needs of a stream; `stream.RowStream` is one."""
+
+    fingerprint: str
+    order: dict[str, Any]
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of rows, int64 [n, S + 1]."""
+
+    def sources(self, indices: np.ndarray) -> np.ndarray:
+        """Source of each row, int64 [n]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch."""
+
+    tokens_BS: np.ndarray
+    """int64 [micro_batch_size, S + 1]: inputs are [:, :-1], targets [:, 1:]."""
+    row_start: int
+    """Index in the stream of its first row; the others follow it."""
+    source_B: np.ndarray
+    """int64 [micro_batch_size]: index into `RowStream.source_names`."""
+
+
+class Loader:
+    """Iterates over steps without end; a step is a list of this rank's micro batches, one per accumulation.
+
+    Start afresh at `start_step`, or where `state` (of `state()`, from any rank of any world) says. Use it as
+    a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        stream: Rows,
+        *,
+        rank: int,
+        world: int,
+        batch_rows: int,
+        micro_batch_size: int,
+        start_step: int = 0,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._check_layout(rank, world, batch_rows, micro_batch_size)
+        self._stream = stream
+        self._rank, self._world = rank, world
+        self._batch_rows, self._micro = batch_rows, micro_batch_size
+        self._step, self._row = start_step, start_step * batch_rows
+        if state is not None:
+            self._step, self._row = _position(state, stream)
+        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=AHEAD_STEPS)
+        self._failure: BaseException | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(
+            target=self._fetch, args=(self._row,), name="data-prefetch", daemon=True
+        )
+        self._thread.start()
+
+    @staticmethod
+    def _check_layout(rank: int, world: int, batch_rows: int, micro_batch_size: int) -> None:
+        if min(world, batch_rows, micro_batch_size) < 1:
+            raise DataError(
+                f"world {world}, batch of {batch_rows} rows and micro_batch_size {micro_batch_size} must all"
+                " be at least 1"
+            )
+        if not 0 <= rank < world:
+            raise DataError(f"rank {rank} is not in a world of {world}; ranks are 0 to {world - 1}")
+        unit = micro_batch_size * world
+        if batch_rows % unit:
+            below, above = batch_rows // unit * unit, -(-batch_rows // unit) * unit
+            valid = f"{below} or {above}" if below else f"{above}"
+            raise DataError(
+                f"batch of {batch_rows} rows is not divisible by micro_batch_size {micro_batch_size} x world"
+                f" {world} = {unit}; use {valid} rows (train.batch_tokens = rows x data.seq_len)"
+            )
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._closing.is_set():
+            raise StopIteration
+        if self._failure is None:
+            ready = self._ready.get()
+            if not isinstance(ready, BaseException):
+                self._step += 1
+                self._row += self._batch_rows
+                return ready
+            self._failure = ready
+        raise self._failure
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, in JSON values: steps and rows consumed, and what the rows' order depends on."""
+        return {
+            "step": self._step,
+            "rows": self._row,
+            "fingerprint": self._stream.fingerprint,
+            "order": dict(self._stream.order),
+        }
+
+    def close(self) -> None:
+        """Stop fetching and wait for the thread; iteration ends."""
+        self._closing.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _fetch(self, first_row: int) -> None:
+        """The thread: put one step after another into the queue until closed; an error goes the same way."""
+        try:
+            while not self._closing.is_set():
+                self._ready.put(self._batches(first_row))
+                first_row += self._batch_rows
+        except BaseException as error:  # handed to the consumer, who raises it
+            self._ready.put(error)
+
+    def _batches(self, first_row: int) -> list[Batch]:
+        stride = self._micro * self._world
+        starts = np.arange(first_row + self._rank * self._micro, first_row + self._batch_rows, stride)
+        indices = (starts[:, None] + np.arange(self._micro)).ravel()
+        tokens, sources = self._stream.rows(indices), self._stream.sources(indices)
+        return [
+            Batch(
+                tokens[place * self._micro : (place + 1) * self._micro],
+                start,
+                sources[place * self._micro : (place + 1) * self._micro],
+            )
+            for place, start in enumerate(starts.tolist())
+        ]
+
+
+def _position(state: Mapping[str, Any], stream: Rows) -> tuple[int, int]:
+    """(step, rows) of a saved state, after checking that it is of the same order of rows."""
+    try:
+        step, rows, fingerprint, order = state["step"], state["rows"], state["fingerprint"], state["order"]
+    except KeyError as missing:
+        raise DataError(
+            f"the saved data position has no {missing}; it is not one that Loader.state() made"
+        ) from None
+    if fingerprint != stream.fingerprint:
+        changed = [
+            f"{name} was {_short(order.get(name))} and is {_short(stream.order.get(name))}"
+            for name in sorted({*order, *stream.order})
+            if order.get(name) != stream.order.get(name)
+        ]
+        raise DataError(
+            "the checkpoint was trained on another order of rows:"
+            f" {'; '.join(changed) or 'its fingerprint differs'}. Resume with the data and settings it was"
+            " trained on, or start a new run (--resume none)"
+        )
+    return int(step), int(rows)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

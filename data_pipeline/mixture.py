@@ -1,0 +1,170 @@
+"""Which source a row comes from: exact shares at every prefix, O(1) at any index.
+
+1. Weights become quotas q_i of a table of 10,000 slots, by largest remainder.
+2. The slots are dealt out by Tijdeman's chairman assignment rule (R. Tijdeman, "The chairman assignment
+   problem", Discrete Mathematics 32, 1980). With k sources, c_i slots dealt to source i so far, and N =
+   10,000, slot n goes, of the sources whose deficit q_i n / N - c_i is at least 1 / (2k - 2), to the one
+   whose deficit would be the first to pass 1 - 1 / (2k - 2) if it were left waiting. Then |c_i - q_i n / N|
+   <= 1 - 1 / (2k - 2) < 1 for every i and n.
+3. Row i of the stream falls on slot i mod N of block i div N. A source's rows before it are the q of every
+   full block plus those before it in the table, so both numbers are read off, at any index, with nothing to
+   count.
+
+`random` sampling permutes the table anew for every block of 10,000 rows, by a key; shares are then exact at
+the end of each block only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+
+from data_pipeline.config import nearest
+from data_pipeline.document import DataError
+from data_pipeline.order import derive_key, permutation
+
+SLOTS = 10_000
+
+
+def slot_quotas(weights: Mapping[str, Fraction]) -> dict[str, int]:
+    """Slots of each source, sum 10,000, by largest remainder; of equal ones the name that sorts first wins.
+
+    `weights` sum to one. Raises DataError for a source that would be left without a slot.
+    """
+    exact = {name: weight * SLOTS for name, weight in weights.items()}
+    quotas = {name: int(share) for name, share in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (quotas[name] - exact[name], name))
+    for name in by_remainder[: SLOTS - sum(quotas.values())]:
+        quotas[name] += 1
+    for name, quota in quotas.items():
+        if quota == 0:
+            raise DataError(
+                f"mixture weight of {name!r} is {float(weights[name]):.3g} of the total, which rounds to no"
+                f" slot of {SLOTS:,}; the smallest weight is {1 / SLOTS:g}: raise it or leave the source out"
+                " (data.mixture)"
+            )
+    return quotas
+
+
+def chairman_sequence(quotas: Sequence[int]) -> np.ndarray:
+    """Deal sum(quotas) slots out to the sources by Tijdeman's rule: int64 [slots], indices into `quotas`.
+
+    All arithmetic is in integers: with k sources every share is scaled by N * (2k - 2).
+    """
+    total, scale = sum(quotas), max(2 * len(quotas) - 2, 1)
+    quota = np.array(quotas, dtype=np.int64)
+    deficit = np.zeros_like(quota)
+    never = np.iinfo(np.int64).max
+    sequence = np.empty(total, dtype=np.int64)
+    for slot in range(total):
+        deficit += quota * scale
+        slots_left = -((deficit - total * (scale - 1)) // (quota * scale))
+        chosen = int(np.where(deficit >= total, slots_left, never).argmin())
+        deficit[chosen] -= total * scale
+        sequence[slot] = chosen
+    return sequence
+
+
+def _places(sequence: np.ndarray, sources: int) -> np.ndarray:
+    """For each slot, how many earlier slots have the same source: int64 [slots]."""
+    places = np.empty(len(sequence), dtype=np.int64)
+    for source in range(sources):
+        slots = np.flatnonzero(sequence == source)
+        places[slots] = np.arange(len(slots))
+    return places
+
+
+class Mixture:
+    """The endless order of sources: `locate` tells a row index's source, and which of its rows it is.
+
+    Sources are indexed in the order of their sorted names, so the order of keys in a recipe changes nothing.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Fraction],
+        *,
+        sampling: Literal["exact", "random"] = "exact",
+        seed: int = 0,
+    ) -> None:
+        self.names: list[str] = sorted(weights)
+        self.weights = {name: weights[name] for name in self.names}
+        self.quotas = slot_quotas(self.weights)
+        self.sampling = sampling
+        self.seed = seed
+        self._quota = np.array([self.quotas[name] for name in self.names], dtype=np.int64)
+        self._sequence = chairman_sequence(list(self.quotas.values()))
+        self._place = _places(self._sequence, len(self.names))
+        self._shuffled = lru_cache(maxsize=4)(self._shuffle)
+
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source, row of that source) of each row index: two int64 arrays shaped like `indices`."""
+        block, slot = np.divmod(np.asarray(indices, dtype=np.int64), SLOTS)
+        if self.sampling == "exact":
+            source, place = self._sequence[slot], self._place[slot]
+        else:
+            source, place = np.empty_like(slot), np.empty_like(slot)
+            for number in np.unique(block).tolist():
+                here = block == number
+                sequence, places = self._shuffled(number)
+                source[here], place[here] = sequence[slot[here]], places[slot[here]]
+        return source, block * self._quota[source] + place
+
+    def _shuffle(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        sequence = self._sequence[permutation(derive_key("slots", self.seed, block), SLOTS)]
+        return sequence, _places(sequence, len(self.names))
+
+    def drawn(self, rows: int) -> dict[str, int]:
+        """How many of the first `rows` rows come from each source."""
+        blocks, rest = divmod(rows, SLOTS)
+        source, _ = self.locate(np.arange(blocks * SLOTS, blocks * SLOTS + rest))
+        counts = blocks * self._quota + np.bincount(source, minlength=len(self.names))
+        return dict(zip(self.names, counts.tolist()))
+
+    def largest_deviation(self, rows: int) -> dict[str, float]:
+        """Per source, the largest |rows drawn - share * prefix| over all prefixes of the first `rows`
+        rows."""
+        largest = np.zeros(len(self.names))
+        drawn = np.zeros(len(self.names), dtype=np.int64)
+        for start in range(0, rows, SLOTS):
+            indices = np.arange(start, min(start + SLOTS, rows), dtype=np.int64)
+            source, _ = self.locate(indices)
+            for number, quota in enumerate(self._quota.tolist()):
+                counts = drawn[number] + np.cumsum(source == number)
+                largest[number] = max(
+                    largest[number], np.abs(counts * SLOTS - quota * (indices + 1)).max() / SLOTS
+                )
+                drawn[number] = counts[-1]
+        return dict(zip(self.names, largest.tolist()))
+
+
+def claim_labels(keys: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
+    """Which mixture key claims each source label: {label: key}; labels that no key claims are left out.
+
+    A key claims the label equal to it and every label under it (`dolma` claims `dolma/wiki`). Raises
+    DataError for a key that claims nothing, with the labels there are.
+    """
+    present = sorted(set(labels))
+    claimed: dict[str, str] = {}
+    for key in keys:
+        mine = [label for label in present if label == key or label.startswith(key + "/")]
+        if not mine:
+            parents = sorted(
+                {label.rsplit("/", depth)[0] for label in present for depth in range(label.count("/") + 1)}
+            )
+            raise DataError(
+                f"mixture source {key!r} is not among the shards{nearest(key, parents)}; they hold "
+                f"{', '.join(present) or 'nothing'}: build that corpus, or change data.mixture"
+            )
+        for label in mine:
+            if label in claimed:
+                raise DataError(
+                    f"mixture sources {claimed[label]!r} and {key!r} both claim {label!r}; keep one of them"
+                    " (data.mixture)"
+                )
+            claimed[label] = key
+    return claimed

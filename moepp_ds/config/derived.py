@@ -1,0 +1,170 @@
+"""Every number that follows from a recipe, computed once, here: pure functions of the sections.
+
+Shares and seats are worked out in exact fractions of the decimal numbers that the user wrote, so that 1.1 x
+10 is 11 seats and not 12 because a binary 1.1 is a little more than that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from moepp_ds.config.errors import RecipeError
+from moepp_ds.config.schema import ModelConfig, MoEConfig, ParallelConfig, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Seats of one expert for one micro batch."""
+
+    ffn: int
+    """Seats of each FFN expert."""
+
+    zero_computation: int
+    """Seats of each zero, copy and constant expert."""
+
+
+def expert_capacity(moe: MoEConfig, tokens: int) -> Capacity:
+    """Return the seats of each kind of expert for `tokens` tokens routed together (equation 8).
+
+        C_FFN = gamma tau A / (tau N_FFN + N_ZC)        C_ZC = gamma A / (tau N_FFN + N_ZC)
+
+    with A = top_k x tokens when seats are counted for assignments and A = tokens when they are counted for
+    tokens. Both are rounded up, and lie between 1 and `tokens`: a token chooses an expert at most once.
+    A vanilla MoE has N_ZC = 0, and tau cancels.
+    """
+    tau = Fraction(repr(moe.tau))
+    asked = tokens * (moe.top_k if moe.capacity_counts == "assignments" else 1)
+    weighted_experts = tau * moe.num_ffn_experts + moe.num_zero_computation
+    unit = Fraction(repr(moe.capacity_factor)) * asked / weighted_experts
+    return Capacity(
+        ffn=min(tokens, max(1, math.ceil(tau * unit))), zero_computation=min(tokens, max(1, math.ceil(unit)))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """Parameters of the whole model, summed over ranks."""
+
+    total: int
+    """All of them."""
+
+    activated: int
+    """Those that one token is multiplied with on average (see `count_parameters`)."""
+
+
+def count_parameters(model: ModelConfig) -> ParameterCounts:
+    """Count the parameters of `model`.
+
+    * embedding V D, head V D (untied), final norm D
+    * each layer: two norms of D, four attention matrices D x D
+    * each MoE layer: router E x D; gating residual E x E in all but the first; N_FFN experts of 3 D F;
+      constant experts of 3 D (W_c is 2 x D, v is D)
+    * each dense layer: one FFN of 3 D F
+
+    Activated leaves out the embedding, of which a token reads one row, and counts `moe.mean_ffn_experts` FFN
+    experts in a MoE layer. For a vanilla MoE that is top_k exactly; for MoE++ it is the load that the balance
+    loss aims at.
+    """
+    moe, width, experts = model.moe, model.hidden_size, model.moe.num_experts
+    ffn = 3 * width * model.ffn_hidden_size
+    dense_layers = model.num_layers - model.num_moe_layers
+    everywhere = model.num_layers * (2 * width + 4 * width**2) + dense_layers * ffn + width
+    router = model.num_moe_layers * experts * width
+    if moe.gating_residual:
+        router += (model.num_moe_layers - 1) * experts**2
+    constants = model.num_moe_layers * moe.num_constant * 3 * width
+    table = model.vocab_size * width
+    shared = everywhere + router + constants + table
+    return ParameterCounts(
+        total=shared + table + model.num_moe_layers * moe.num_ffn_experts * ffn,
+        activated=shared + round(model.num_moe_layers * moe.mean_ffn_experts * ffn),
+    )
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Return the floating point operations of one token's forward pass, on average.
+
+    Convention: a multiply and an add are two operations; matrix products alone are counted, so no norm,
+    softmax, activation or optimizer; causal attention sees (seq_len + 1) / 2 positions on average, and
+    attention that stops at document ends is counted like any other; FFN experts at `moe.mean_ffn_experts`.
+    Forward and backward together are three times this.
+    """
+    moe, width, experts = model.moe, model.hidden_size, model.moe.num_experts
+    ffn = 6 * width * model.ffn_hidden_size
+    attention = 8 * width**2 + 2 * width * (seq_len + 1)
+    router = 2 * experts * width * model.num_moe_layers
+    if moe.gating_residual:
+        router += 2 * experts**2 * (model.num_moe_layers - 1)
+    constants = 6 * width * moe.num_constant * model.num_moe_layers
+    computed = model.num_moe_layers * moe.mean_ffn_experts + (model.num_layers - model.num_moe_layers)
+    return model.num_layers * attention + router + constants + computed * ffn + 2 * width * model.vocab_size
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one optimizer update is cut into forward passes of ranks."""
+
+    world: int
+    """Ranks."""
+
+    rows: int
+    """Rows of one update over all ranks."""
+
+    micro_batch_size: int
+    """Rows of one forward pass of one rank."""
+
+    accumulation_steps: int
+    """Forward passes of one rank in one update."""
+
+
+def plan_layout(train: TrainConfig, parallel: ParallelConfig, *, seq_len: int, world: int) -> Layout:
+    """Cut the batch for `world` ranks, or raise RecipeError naming values that would fit."""
+    if world < 1:
+        raise RecipeError(f"a run needs at least one rank, not {world}")
+    ways = parallel.expert_parallel
+    if world % ways:
+        fits = [n for n in range(1, world + 1) if world % n == 0]
+        raise RecipeError(
+            f"parallel.expert_parallel {ways} does not divide the world of {world} ranks; "
+            f"use one of {', '.join(map(str, fits))}, or start a multiple of {ways} ranks"
+        )
+    rows = train.batch_tokens // seq_len
+    together = train.micro_batch_size * world
+    if rows % together:
+        fits = [n for n in (rows // together * together, rows // together * together + together) if n]
+        raise RecipeError(
+            f"batch of {rows} rows is not divisible by micro_batch_size {train.micro_batch_size} "
+            f"x world {world} = {together}; use {' or '.join(map(str, fits))} rows "
+            f"(train.batch_tokens = rows x seq_len = {' or '.join(str(n * seq_len) for n in fits)})"
+        )
+    return Layout(
+        world=world,
+        rows=rows,
+        micro_batch_size=train.micro_batch_size,
+        accumulation_steps=rows // together,
+    )
+
+
+def count_steps(train: TrainConfig) -> int:
+    """Return the updates of the whole run: max_steps or the batches in token_budget, whichever is less."""
+    ends = [] if train.max_steps is None else [train.max_steps]
+    if train.token_budget is not None:
+        ends.append(train.token_budget // train.batch_tokens)
+    return min(ends)
+
+
+def scheduled_learning_rate(train: TrainConfig, step: int) -> float:
+    """Return the learning rate of update `step`, counted from 0.
+
+    1. From update 0 at warmup_start_lr, a straight line to max_lr at update warmup_steps.
+    2. From there half a cosine to final_lr at the last update of the run, and final_lr ever after.
+
+    A run that ends inside its warm-up never gets to 2.
+    """
+    if step < train.warmup_steps:
+        return train.warmup_start_lr + (train.max_lr - train.warmup_start_lr) * step / train.warmup_steps
+    past, decay_steps = step - train.warmup_steps, count_steps(train) - 1 - train.warmup_steps
+    done = min(1.0, past / decay_steps) if decay_steps > 0 else float(past > 0)
+    return train.final_lr + (train.max_lr - train.final_lr) * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -1,0 +1,176 @@
+"""From a YAML file and `--set a.b=c` to a Recipe, or one RecipeError that lists every problem.
+
+1. Read the file as YAML, numbers as YAML 1.2 writes them (5e-4 is a number), a key given twice refused.
+2. Lay the overrides over it; their values are YAML too.
+3. Fill in `name`, find the DeepSpeed JSON.
+4. Check everything at once, and say what is wrong in the user's words: dotted key, place, nearest valid key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from moepp_ds.config.errors import RecipeError, nearest
+from moepp_ds.config.recipe import Recipe
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML's safe loader, which makes plain values only, with the two changes below."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen and name != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {name!r} is given a second time", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, where 5e-4 and 1e11 lack the dot that makes them numbers, and are read as text.
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe at `path` and lay `overrides` (each "a.b=value") over it.
+
+    The DeepSpeed JSON is looked for from the working folder, then from each folder above the recipe; the
+    recipe returned holds its absolute path. `data.path` is left as it is, relative to the working folder.
+
+    Raises RecipeError that lists every problem found.
+    """
+    file = Path(path)
+    raw = _read(file)
+    origins: dict[str, str] = {}
+    for override in overrides:
+        dotted, value = _parse_override(override)
+        _lay_over(raw, dotted, value, override)
+        origins[dotted] = f"--set {override}"
+    raw.setdefault("name", file.stem)
+    if isinstance(raw.get("deepspeed"), str) and raw["deepspeed"]:
+        raw["deepspeed"] = str(_find(raw["deepspeed"], file))
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = [_describe(problem, origins) for problem in error.errors(include_url=False)]
+    heading = f"{file}: {len(problems)} problems" if len(problems) > 1 else f"{file}:"
+    raise RecipeError("\n  ".join([heading, *problems]))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        meant = nearest(file.name, near)
+        hint = f"; did you mean {file.parent / meant}?" if meant else ""
+        raise RecipeError(f"{file}: there is no such recipe{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read as a recipe: {error}") from None
+    try:
+        raw = yaml.load(text, Loader=_RecipeLoader)  # noqa: S506  a SafeLoader by inheritance
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: is not valid YAML: {_flat(error)}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{file}: a recipe is a mapping of sections (model, data, train, ...), not {_show(raw)}"
+        )
+    return raw
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    if not equals or not all(dotted.split(".")):
+        raise RecipeError(f"--set {override}: write it as section.key=value, for example train.max_steps=100")
+    try:
+        return dotted, yaml.load(text, Loader=_RecipeLoader)  # noqa: S506  a SafeLoader by inheritance
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML: {_flat(error)}") from None
+
+
+def _lay_over(raw: dict[str, Any], dotted: str, value: Any, override: str) -> None:
+    *sections, key = dotted.split(".")
+    here = raw
+    for depth, section in enumerate(sections):
+        below = here.setdefault(section, {})
+        if not isinstance(below, dict):
+            taken = ".".join(sections[: depth + 1])
+            raise RecipeError(
+                f"--set {override}: {taken} is the value {_show(below)}, so nothing can be set below it"
+            )
+        here = below
+    here[key] = value
+
+
+def _find(name: str, recipe: Path) -> Path:
+    """Find a file that a recipe names: from the working folder, else the nearest folder above the recipe."""
+    wanted = Path(name).expanduser()
+    folders = [] if wanted.is_absolute() else [Path.cwd(), *recipe.resolve().parents]
+    tried = [wanted] if wanted.is_absolute() else list(dict.fromkeys(folder / wanted for folder in folders))
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate.resolve()
+    looked = "\n  ".join(str(candidate) for candidate in tried)
+    raise RecipeError(f"{recipe}: deepspeed: {name} was not found; tried, in this order:\n  {looked}")
+
+
+def _describe(problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """Put one of pydantic's errors into a line: dotted key, what is wrong, where it was said."""
+    loc = [str(part) for part in problem["loc"]]
+    dotted = ".".join(loc)
+    said = next((origins[key] for key in origins if dotted == key or dotted.startswith(f"{key}.")), None)
+    place = f" (from {said})" if said else ""
+    if problem["type"] == "extra_forbidden":
+        return f"{dotted}: unknown key{_suggest(loc)}{place}"
+    if problem["type"] == "missing":
+        return f"{dotted}: is required and not given"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{dotted}: {message}{place}" if dotted else f"{message}{place}"
+    return f"{dotted}: {_show(problem['input'])}: {message[0].lower()}{message[1:]}{place}"
+
+
+def _suggest(loc: Sequence[str]) -> str:
+    """Name the key that was probably meant, in this section or else anywhere, or list the section."""
+    keys = dict(_keys(Recipe))
+    section = ".".join(loc[:-1])
+    inside = [key for key, parent in keys.items() if parent == section]
+    names = [key.rpartition(".")[2] for key in inside]
+    near = nearest(loc[-1], names)
+    if near:
+        return f"; did you mean {'.'.join([*loc[:-1], near])}?"
+    elsewhere = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    far = nearest(loc[-1], elsewhere, least=0.8)
+    if far:
+        return f"; did you mean {elsewhere[far]}?"
+    return f"; valid here: {', '.join(names)}"
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every dotted key of the recipe with the dotted name of the section that holds it."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}", prefix.rstrip(".")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _flat(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,153 @@
+"""The whole recipe: its sections, the checks that need two of them, and the arithmetic printed at start."""
+
+from __future__ import annotations
+
+import yaml
+from pydantic import Field, model_validator
+
+from data_pipeline.config import DataConfig
+from moepp_ds.config.derived import (
+    Layout,
+    count_parameters,
+    count_steps,
+    expert_capacity,
+    flops_per_token,
+    plan_layout,
+    scheduled_learning_rate,
+)
+from moepp_ds.config.schema import (
+    CheckpointConfig,
+    EvaluationConfig,
+    ModelConfig,
+    MonitorConfig,
+    ParallelConfig,
+    Section,
+    TrainConfig,
+)
+
+
+class Recipe(Section):
+    """Everything that decides a run, except the machines it runs on."""
+
+    name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
+    """Name of the run and of its folder; the recipe's file name without its ending when not given."""
+
+    deepspeed: str = Field(min_length=1)
+    """Path of the DeepSpeed JSON, which holds DeepSpeed's own switches and no number that is set here."""
+
+    model: ModelConfig
+    """The network."""
+
+    data: DataConfig
+    """The token shards and the mixture drawn from them."""
+
+    train: TrainConfig
+    """Length, batch, optimizer and schedule."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is spread over ranks."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run is saved."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """When held-out text is scored."""
+
+    monitor: MonitorConfig = MonitorConfig()
+    """Where numbers go besides metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        tokens, seq_len = self.train.batch_tokens, self.data.seq_len
+        if tokens % seq_len:
+            below = tokens // seq_len * seq_len
+            fits = " or ".join(str(n) for n in (below, below + seq_len) if n)
+            raise ValueError(
+                f"train.batch_tokens {tokens} is not a multiple of data.seq_len {seq_len}; use {fits}"
+            )
+        experts, ways = self.model.moe.num_ffn_experts, self.parallel.expert_parallel
+        if experts % ways:
+            fits = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+            raise ValueError(
+                f"parallel.expert_parallel {ways} does not divide model.moe.num_ffn_experts {experts}; "
+                f"use one of {fits}"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer updates in the whole run. Steps."""
+        return count_steps(self.train)
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of one optimizer update over all ranks. Rows."""
+        return self.train.batch_tokens // self.data.seq_len
+
+    def layout(self, world: int) -> Layout:
+        """Cut one update for `world` ranks; RecipeError names the values that fit when it cannot be cut."""
+        return plan_layout(self.train, self.parallel, seq_len=self.data.seq_len, world=world)
+
+    def accumulation_steps(self, world: int) -> int:
+        """Forward passes of one rank in one update on `world` ranks. Micro batches."""
+        return self.layout(world).accumulation_steps
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of update `step`, counted from 0."""
+        return scheduled_learning_rate(self.train, step)
+
+    def dump(self) -> str:
+        """Return the recipe as YAML with every default filled in; loading that gives an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+    def arithmetic(self, world: int) -> list[str]:
+        """Return what a run on `world` ranks prints at start: its numbers and where they come from."""
+        model, moe, train, layout = self.model, self.model.moe, self.train, self.layout(world)
+        counts, steps = count_parameters(model), self.total_steps
+        flops, ways = flops_per_token(model, self.data.seq_len), self.parallel.expert_parallel
+        return [
+            f"{model.num_layers} layers ({model.num_moe_layers} MoE) x {moe.num_experts} experts "
+            f"({moe.num_ffn_experts} FFN + {moe.num_constant} constant + {moe.num_copy} copy + "
+            f"{moe.num_zero} zero), top {moe.top_k}",
+            f"{counts.total:,} parameters, {counts.activated:,} activated per token at "
+            f"{moe.mean_ffn_experts:.2f} FFN experts per token",
+            f"{flops / 1e9:.3f} GFLOP per token forward, three times that to train",
+            f"{layout.micro_batch_size} rows x {self.data.seq_len} tokens x "
+            f"{layout.accumulation_steps} steps x {world} ranks = {train.batch_tokens:,} tokens per update",
+            f"{steps:,} updates x {train.batch_tokens:,} tokens = {steps * train.batch_tokens:,} tokens "
+            f"({self._what_ends_the_run()})",
+            self._schedule(),
+            self._seats(layout.micro_batch_size * self.data.seq_len),
+            f"{world} ranks / expert parallel {ways} = {world // ways} copies of the FFN experts, "
+            f"{moe.num_ffn_experts // ways} of each layer on each rank",
+        ]
+
+    def _what_ends_the_run(self) -> str:
+        train, steps = self.train, self.total_steps
+        if train.token_budget is None:
+            return "train.max_steps"
+        budget = f"train.token_budget {train.token_budget:,}"
+        if train.max_steps is None:
+            return budget
+        within = train.token_budget // train.batch_tokens
+        if steps == train.max_steps:
+            return f"train.max_steps {steps:,}; {budget} would allow {within:,}"
+        return f"{budget}; train.max_steps {train.max_steps:,} comes later"
+
+    def _schedule(self) -> str:
+        train, steps = self.train, self.total_steps
+        rise = f"{train.warmup_start_lr:g} -> {train.max_lr:g} over {train.warmup_steps:,} updates"
+        if steps <= train.warmup_steps:
+            last = self.learning_rate(steps - 1)
+            return f"learning rate {rise}; the run ends inside this warm-up, at {last:g}"
+        return f"learning rate {rise}, then a cosine to {train.final_lr:g} at update {steps:,}"
+
+    def _seats(self, tokens: int) -> str:
+        if self.model.moe.dropless:
+            return "dropless: every assignment is computed"
+        seats = expert_capacity(self.model.moe, tokens)
+        others = f", {seats.zero_computation:,} in a zero-computation expert"
+        return (
+            f"{seats.ffn:,} seats in an FFN expert{others if self.model.moe.num_zero_computation else ''} "
+            f"for the {tokens:,} tokens of a micro batch"
+        )

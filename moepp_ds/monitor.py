@@ -1,0 +1,141 @@
+"""From returned statistics to named metrics: metrics.jsonl, TensorBoard, log.txt and status.json of a run folder.
+
+Only the first rank makes a `RunFolder`. metrics.jsonl is the record: one JSON object an update, written before the
+checkpoint that covers it. A resumed run drops the lines after its checkpoint and writes them anew, so the file reads
+as if the run had never stopped. TensorBoard is written here rather than through DeepSpeed's monitor, which cannot
+purge the points after a checkpoint; monitors that the DeepSpeed JSON turns on get the same scalars.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+from moepp_ds.kinds import ExpertKinds
+
+
+def layer_metrics(
+    wanted_LE: Sequence[Sequence[int]], kept_LE: Sequence[Sequence[int]], *, kinds: ExpertKinds, tokens: int
+) -> list[dict[str, Any]]:
+    """One record per MoE layer, from assignments counted over an update of `tokens` tokens.
+
+    share: of the assignments the router made, by expert kind. ffn_experts_per_token: mean FFN experts that computed a
+    token (after drops). dropped: share of all assignments that found no seat. ffn_load: assignments kept by each FFN
+    expert, 1.0 being the mean over FFN experts.
+    """
+    records = []
+    for wanted_E, kept_E in zip(wanted_LE, kept_LE):
+        total, ffn = sum(wanted_E), kept_E[: kinds.num_ffn]
+        records.append(
+            {
+                "share": {kind: sum(wanted_E[at]) / total for kind, at in kinds.slices().items() if wanted_E[at]},
+                "ffn_experts_per_token": sum(ffn) / tokens,
+                "dropped": (total - sum(kept_E)) / total,
+                "ffn_load": [count * len(ffn) / max(sum(ffn), 1) for count in ffn],
+            }
+        )
+    return records
+
+
+def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The numbers of a metrics record under slash-separated names: `layers/03/share/ffn`, `validation/dolma/loss`."""
+    flat: list[tuple[str, float]] = []
+
+    def walk(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{name}/{key}", inner)
+        elif isinstance(value, list):
+            for number, inner in enumerate(value):
+                walk(f"{name}/{number:02d}", inner)
+        else:
+            flat.append((name, float(value)))
+
+    for key, value in record.items():
+        walk(key if isinstance(value, (Mapping, list)) else f"train/{key}", value)
+    return flat
+
+
+class RunFolder:
+    """The files of one run.
+
+    recipe.yaml      the recipe with every default filled in
+    ds_config.json   the dictionary DeepSpeed was given
+    metrics.jsonl    one object an update
+    tensorboard/     the same as curves
+    checkpoints/     see moepp_ds.checkpoint
+    log.txt          what was printed
+    status.json      state (running, completed, stopped, failed), step, message: what a supervisor reads
+    """
+
+    def __init__(self, path: Path, *, tensorboard: bool, resumed_step: int) -> None:
+        """Open the folder of a run that has done `resumed_step` updates; later metrics are dropped."""
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._log: TextIO = (path / "log.txt").open("a", encoding="utf-8")
+        _keep_until(path / "metrics.jsonl", resumed_step)
+        self._metrics: TextIO = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._curves = (
+            SummaryWriter(str(path / "tensorboard"), purge_step=resumed_step + 1) if tensorboard else None
+        )
+
+    def describe(self, *, recipe: str, ds_config: Mapping[str, Any]) -> None:
+        """Store what the run was started with."""
+        (self.path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+
+    def say(self, line: str) -> None:
+        """Print a line and keep it in log.txt."""
+        print(line, flush=True)
+        print(line, file=self._log, flush=True)
+
+    def record(self, metrics: Mapping[str, Any]) -> None:
+        """Append one update's metrics and its curves. The line is with the operating system when this returns."""
+        print(json.dumps(metrics), file=self._metrics, flush=True)
+        if self._curves is not None:
+            for name, value in scalars({key: value for key, value in metrics.items() if key != "step"}):
+                self._curves.add_scalar(name, value, metrics["step"])
+
+    def set_status(self, state: str, *, step: int, message: str = "") -> None:
+        """Replace status.json."""
+        partial = self.path / ".status.json.partial"
+        partial.write_text(json.dumps({"state": state, "step": step, "message": message}) + "\n", encoding="utf-8")
+        partial.replace(self.path / "status.json")
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        if self._curves is not None:
+            self._curves.close()
+        self._metrics.close()
+        self._log.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the metrics after update `step`, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def progress_line(metrics: Mapping[str, Any], *, total_steps: int, seconds_left: float) -> str:
+    """One line for one update."""
+    layers = metrics["layers"]
+    ffn = sum(layer["ffn_experts_per_token"] for layer in layers) / len(layers)
+    return (
+        f"step {metrics['step']:>{len(str(total_steps))}}/{total_steps}  loss {metrics['loss']:.4f}  "
+        f"lm {metrics['lm_loss']:.4f}  grad {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  "
+        f"{metrics['tokens_per_s']:,.0f} tokens/s  {ffn:.2f} FFN experts/token  "
+        f"ETA {timedelta(seconds=round(seconds_left))}"
+    )

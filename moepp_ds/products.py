@@ -1,0 +1,36 @@
+"""Matrix products that keep bf16 fast on processors without bf16 units.
+
+PyTorch multiplies bf16 matrices on such a CPU with a scalar loop, some thirty times slower than fp32. A bf16 product
+accumulates in fp32 and rounds once anyway, so there the operands are widened, multiplied in fp32 and the result is
+rounded to bf16: the same mathematics at the speed of fp32. Wherever the hardware multiplies bf16 (GPUs, CPUs with
+AVX-512 or AMX) nothing is widened.
+
+Axis letters (the legend of the whole project): T tokens, D model width, F expert FFN width, E experts of all kinds,
+K chosen per token, N = T*K assignments, R assignments received by a rank, C seats per expert, J constant experts,
+V vocabulary, B rows, S sequence, H heads, A head width, G = 2F (gate beside value). `X` stands for any width.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=None)
+def _cpu_multiplies_bf16() -> bool:
+    """A fact about the processor; cached because asking costs more than a small product."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which products of `tensor` are fastest without losing precision: its own, or fp32."""
+    slow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not _cpu_multiplies_bf16()
+    return torch.float32 if slow else tensor.dtype
+
+
+def linear(x: Tensor, weight_OX: Tensor) -> Tensor:
+    """x [..., X] times weight [O, X] transposed, in the dtype of x; widened where that is faster."""
+    dtype = product_dtype(x)
+    return torch.nn.functional.linear(x.to(dtype), weight_OX.to(dtype)).to(x.dtype)

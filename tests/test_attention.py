@@ -1,0 +1,255 @@
+"""RMSNorm, rotary positions and attention, against typed-out numbers and a float64 oracle of loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from moepp_ds.attention import (
+    CausalSelfAttention,
+    RMSNorm,
+    apply_rotary,
+    document_layout,
+    document_mask,
+    rotary_tables,
+)
+
+THETA = 100.0
+EOS = 9
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def attention(hidden_size: int = 8, num_heads: int = 2) -> CausalSelfAttention:
+    layer = CausalSelfAttention(hidden_size, num_heads, THETA).double()
+    for seed, parameter in enumerate(layer.parameters()):
+        parameter.data = random(*parameter.shape, seed=100 + seed) / hidden_size**0.5
+    return layer
+
+
+# RMSNorm
+
+
+def test_rms_norm_by_hand() -> None:
+    # Mean of squares of [3, 4, 0, 0] is 25/4; with eps 0 the root is 2.5.
+    norm = RMSNorm(4, eps=0.0)
+    norm.weight.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert norm(torch.tensor([3.0, 4.0, 0.0, 0.0])).tolist() == pytest.approx([1.2, 3.2, 0.0, 0.0])
+    # eps counts under the root: mean of squares 1, eps 3, root 2.
+    assert RMSNorm(2, eps=3.0)(torch.tensor([1.0, -1.0])).tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_rms_norm_rounds_once_and_returns_the_input_dtype(dtype: torch.dtype) -> None:
+    norm = RMSNorm(64, eps=1e-6).to(dtype)
+    norm.weight.data = (1 + 0.1 * random(64, seed=1)).to(dtype)
+    x = random(5, 64, dtype=dtype)
+    wide = x.double()
+    exact = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    out = norm(x)
+    assert out.dtype == dtype
+    # One rounding is at most eps / 2, relative; fp32 and fp64 add a few inside, too small for bf16 and fp16.
+    slack = 0.51 if dtype in (torch.bfloat16, torch.float16) else 4
+    assert ((out.double() - exact).abs() <= slack * torch.finfo(dtype).eps * exact.abs()).all()
+
+
+def test_rms_norm_statistics_do_not_overflow_in_fp16() -> None:
+    # 300^2 = 90,000 is beyond fp16; the norm of a constant vector is one.
+    assert RMSNorm(4, eps=1e-6).half()(torch.full((4,), 300.0, dtype=torch.float16)).tolist() == [1.0] * 4
+
+
+def test_rms_norm_gradients() -> None:
+    norm = RMSNorm(4, eps=1e-3).double()
+    assert torch.autograd.gradcheck(norm, (random(3, 4).requires_grad_(),))
+    assert list(norm.state_dict()) == ["weight"]
+
+
+# Rotary positions
+
+
+def test_rotary_by_hand() -> None:
+    # A = 4, theta = 100: frequencies 100^0 = 1 and 100^(-2/4) = 0.1. Planes are (0, 2) and (1, 3).
+    cos, sin = rotary_tables(torch.tensor([[0, 3]]), 4, THETA, torch.float64)
+    assert cos.shape == (1, 1, 2, 2)
+    x_BHSA = torch.tensor([[[[1.0, 0, 0, 5], [1, 0, 0, 5]]]], dtype=torch.float64)
+    y_BHSA = apply_rotary(x_BHSA, cos, sin)
+    expected = [
+        [1, 0, 0, 5],  # position 0: nothing turns
+        # plane (0, 2): (1, 0) turned by 3; plane (1, 3): (0, 5) turned by 0.3
+        [math.cos(3), -5 * math.sin(0.3), math.sin(3), 5 * math.cos(0.3)],
+    ]
+    torch.testing.assert_close(y_BHSA[0, 0], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-14)
+
+
+def test_rotated_scores_depend_on_the_distance_alone() -> None:
+    q_BHSA, k_BHSA = random(1, 1, 1, 8, seed=1), random(1, 1, 1, 8, seed=2)
+
+    def score(query_at: int, key_at: int) -> float:
+        q = apply_rotary(q_BHSA, *rotary_tables(torch.tensor([[query_at]]), 8, 1e4, torch.float64))
+        k = apply_rotary(k_BHSA, *rotary_tables(torch.tensor([[key_at]]), 8, 1e4, torch.float64))
+        return float((q * k).sum())
+
+    for distance in (0, 1, 7, 100):
+        scores = [score(key_at + distance, key_at) for key_at in (0, 1, 50, 1900)]
+        assert scores == pytest.approx([scores[0]] * 4, abs=1e-11)
+    assert abs(score(3, 0) - score(4, 0)) > 1e-3
+
+
+def test_rotation_of_bf16_heads_is_rounded_once() -> None:
+    cos, sin = rotary_tables(torch.tensor([[2046, 2047]]), 8, 1e4, torch.float32)
+    x_BHSA = random(1, 3, 2, 8, dtype=torch.bfloat16)
+    y_BHSA = apply_rotary(x_BHSA, cos, sin)
+    assert y_BHSA.dtype == torch.bfloat16
+    exact = apply_rotary(x_BHSA.double(), *rotary_tables(torch.tensor([[2046, 2047]]), 8, 1e4, torch.float64))
+    assert ((y_BHSA.double() - exact).abs() <= 0.5 * 2**-7 * exact.abs() + 1e-3).all()
+
+
+# Document layout
+
+
+def test_document_layout_by_hand() -> None:
+    tokens_BS = torch.tensor(
+        [
+            [5, 6, EOS, 7, EOS, EOS, 8],  # two documents, an empty one, and the start of a fourth
+            [1, 2, 3, 4, 5, 6, 7],  # no end at all
+            [EOS, 1, 2, 3, 4, 5, EOS],  # starts with the end of a document cut before, ends with an end
+        ]
+    )
+    positions_BS, document_BS = document_layout(tokens_BS, EOS)
+    assert positions_BS.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 3, 4, 5]]
+    assert document_BS.tolist() == [[0, 0, 0, 1, 1, 2, 3], [0] * 7, [0, 1, 1, 1, 1, 1, 1]]
+    assert positions_BS.dtype == document_BS.dtype == torch.int64
+
+
+def test_document_layout_for_every_short_row() -> None:
+    # All 2^6 patterns of ends, against counting one token at a time.
+    for pattern in range(64):
+        row = [EOS if pattern >> i & 1 else 1 for i in range(6)]
+        positions, documents, position, document = [], [], 0, 0
+        for token in row:
+            positions.append(position)
+            documents.append(document)
+            position, document = (0, document + 1) if token == EOS else (position + 1, document)
+        positions_BS, document_BS = document_layout(torch.tensor([row]), EOS)
+        assert (positions_BS.tolist(), document_BS.tolist()) == ([positions], [documents])
+
+
+def test_document_mask_by_hand() -> None:
+    assert document_mask(torch.tensor([[0, 0, 1, 1]])).int().tolist() == [
+        [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
+    ]
+
+
+# Attention
+
+
+def oracle(
+    layer: CausalSelfAttention, x_BSD: Tensor, positions: list[list[int]], documents: list[list[int]]
+) -> Tensor:
+    """Query by query, head by head; rotation as multiplication of complex numbers."""
+    width = x_BSD.shape[2] // layer.num_heads
+    rows = []
+    for b, x_SD in enumerate(x_BSD):
+        outputs = []
+        for s in range(len(x_SD)):
+            heads = []
+            for h in range(layer.num_heads):
+                own = slice(h * width, (h + 1) * width)
+                seen = [z for z in range(s + 1) if documents[b][z] == documents[b][s]]
+                q = turn(layer.q_proj.weight[own] @ x_SD[s], positions[b][s])
+                keys = [turn(layer.k_proj.weight[own] @ x_SD[z], positions[b][z]) for z in seen]
+                weights = torch.stack([q @ k for k in keys]).div(math.sqrt(width)).exp()
+                values = torch.stack([layer.v_proj.weight[own] @ x_SD[z] for z in seen])
+                heads.append(weights / weights.sum() @ values)
+            outputs.append(layer.o_proj.weight @ torch.cat(heads))
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows)
+
+
+def turn(x_A: Tensor, position: int) -> Tensor:
+    half = len(x_A) // 2
+    turned = []
+    for r in range(half):
+        angle = position * THETA ** (-r / half)
+        turned.append(torch.complex(x_A[r], x_A[r + half]) * complex(math.cos(angle), math.sin(angle)))
+    return torch.stack([z.real for z in turned] + [z.imag for z in turned])
+
+
+TOKENS_BS = torch.tensor([[1, 2, EOS, 3, 4, 5], [1, EOS, EOS, 2, 3, EOS]])
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_values_and_gradients_equal_the_oracle(with_documents: bool) -> None:
+    layer, x_BSD = attention(), random(2, 6, 8).requires_grad_()
+    positions_BS, document_BS = torch.arange(6).expand(2, 6), torch.zeros(2, 6, dtype=torch.int64)
+    if with_documents:
+        positions_BS, document_BS = document_layout(TOKENS_BS, EOS)
+    expected = oracle(layer, x_BSD, positions_BS.tolist(), document_BS.tolist())
+    actual = layer(x_BSD, positions_BS, document_BS) if with_documents else layer(x_BSD)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+    inputs = (x_BSD, *layer.parameters())
+    pull = random(2, 6, 8, seed=5)
+    for got, want in zip(
+        torch.autograd.grad(actual, inputs, pull), torch.autograd.grad(expected, inputs, pull), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_no_token_sees_the_future() -> None:
+    layer, x_BSD = attention(), random(1, 6, 8)
+    for documents in (None, torch.zeros(1, 6, dtype=torch.int64)):
+        before = layer(x_BSD, None, documents)
+        for s in range(6):
+            changed_BSD = x_BSD.clone()
+            changed_BSD[:, s] += 1
+            after = layer(changed_BSD, None, documents)
+            assert torch.equal(after[:, :s], before[:, :s])
+            assert ((after[:, s:] - before[:, s:]).abs().amax(-1) > 1e-6).all()
+
+
+def test_documents_are_isolated_and_equal_themselves_alone() -> None:
+    layer, x_BSD = attention(), random(1, 6, 8)
+    positions_BS, document_BS = document_layout(torch.tensor([[1, 2, EOS, 3, 4, 5]]), EOS)
+    whole = layer(x_BSD, positions_BS, document_BS)
+    torch.testing.assert_close(whole[:, :3], layer(x_BSD[:, :3]), rtol=0, atol=1e-14)
+    torch.testing.assert_close(whole[:, 3:], layer(x_BSD[:, 3:]), rtol=0, atol=1e-14)
+    changed_BSD = x_BSD.clone()
+    changed_BSD[:, :3] = 1e3 * random(1, 3, 8, seed=7)
+    assert torch.equal(layer(changed_BSD, positions_BS, document_BS)[:, 3:], whole[:, 3:])
+    # Without document ends the second document does see the first.
+    assert not torch.allclose(layer(x_BSD)[:, 3:], whole[:, 3:])
+
+
+def test_one_document_with_a_mask_equals_the_causal_kernel() -> None:
+    layer, x_BSD = attention(), random(2, 6, 8)
+    masked = layer(x_BSD, None, torch.zeros(2, 6, dtype=torch.int64))
+    torch.testing.assert_close(masked, layer(x_BSD), rtol=0, atol=1e-14)
+
+
+def test_bf16_stays_near_float64_and_keeps_its_dtype() -> None:
+    layer = attention(64, 4)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.bfloat16().double()
+    x_BSD = random(2, 32, 64, dtype=torch.bfloat16)
+    exact = layer(x_BSD.double())
+    out = layer.bfloat16()(x_BSD)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - exact).norm() < 2e-2 * exact.norm()
+
+
+def test_the_state_holds_the_four_projections_and_nothing_else() -> None:
+    state = attention().state_dict()
+    assert list(state) == ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
+    assert not list(attention().buffers())
+
+
+def test_heads_of_odd_width_are_refused() -> None:
+    message = "hidden_size 12 is no multiple of 2 x num_heads 4 = 8; rotary positions need heads of even"
+    with pytest.raises(ValueError, match=message):
+        CausalSelfAttention(12, 4, THETA)
