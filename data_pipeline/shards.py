@@ -143,12 +143,12 @@ def read_header(path: Path) -> ShardHeader:
             f"shard {path} has format version {version}; this program reads version {VERSION}: "
             + ("update the program" if version > VERSION else "build the shard again")
         )
-    if raw[_LAYOUT.size : _LAYOUT.size + 16] != _digest(raw[: _LAYOUT.size]):
-        raise DataError(f"shard {path} has a damaged header (its checksum does not match); build it again")
     width, tokens, documents, parts, text_bytes, vocab_size, eos_id, part_tokens, fingerprint, *sums = numbers
     header = ShardHeader(
         width, tokens, documents, parts, text_bytes, vocab_size, eos_id, part_tokens, fingerprint.hex(), *sums
     )
+    if raw != header.encode():
+        raise DataError(f"shard {path} has a damaged header (its checksum does not match); build it again")
     if width != token_width(vocab_size):
         raise DataError(
             f"shard {path} has tokens of {width} bytes, but a vocabulary of {vocab_size:,} ids takes "
@@ -174,11 +174,13 @@ class Shard:
         """Document ends, uint64 [documents], read-only."""
         self.cuts: np.ndarray = np.empty(0, dtype="<u8")
         """Part cuts, uint64 [parts], read-only."""
+        self._padding: np.ndarray = np.empty(0, dtype=np.uint8)
         if header.tokens:
             raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
             self.tokens = raw[HEADER_BYTES : HEADER_BYTES + header.tokens * header.width].view(
                 self.tokens.dtype
             )
+            self._padding = raw[HEADER_BYTES + header.tokens * header.width : header.ends_offset]
             self.ends = raw[header.ends_offset : header.cuts_offset].view("<u8")
             self.cuts = raw[header.cuts_offset : header.file_bytes].view("<u8")
 
@@ -193,7 +195,7 @@ class Shard:
             ("document ends", self.ends, header.ends_sum),
             ("part cuts", self.cuts, header.cuts_sum),
         ):
-            if section_sum(section) != expected:
+            if section_sum(section) != expected or self._padding.any():
                 raise DataError(
                     f"shard {self.path}: the {name} do not match their checksum, so bytes have changed since"
                     " it was built; delete it and run `moepp-data build` again"

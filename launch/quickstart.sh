@@ -62,7 +62,7 @@ fi
 moepp-data describe "$shards"
 
 start_training() {
-    bash launch/train.sh --num_gpus 2 "$recipe" --run-dir "$run" ${settings[@]+"${settings[@]}"} "$@" &
+    bash launch/train.sh --num_gpus 2 --log_level warning "$recipe" --run-dir "$run" ${settings[@]+"${settings[@]}"} "$@" &
     train=$!
 }
 # The exit code of the training in the background, in $code.

@@ -32,7 +32,7 @@ def evaluate(
 
     Rows go to ranks by micro batches in turn. Where experts live on other ranks a forward pass needs all of them, so
     every rank runs equally many; those without rows of their own run one that is not counted.
-    Bits per byte are nats per token / ln 2 / the mean bytes of a token of that source's held-out text.
+    Bits per byte take the mean bytes of a token over all of the held-out text of that source.
     """
     was_training = model.training
     model.eval()
@@ -43,7 +43,7 @@ def evaluate(
         dist.all_reduce(sums)
         nats, count = sums.tolist()
         loss = nats / count
-        scores[source] = Score(loss, loss / math.log(2) / (texts.text_bytes / texts.tokens), int(count))
+        scores[source] = Score(loss, loss / math.log(2) / texts.bytes_per_token, int(count))
     model.train(was_training)
     return scores
 

@@ -44,11 +44,12 @@ class NonFiniteError(RuntimeError):
 
 
 class StopSignal:
-    """Whether this process was asked to stop: by SIGTERM, SIGINT or SIGUSR1, or because its launcher died."""
+    """Whether this process was asked to stop: by SIGTERM, SIGINT or SIGUSR1, or because who started it is gone."""
 
     def __init__(self) -> None:
         self._signalled = False
         self._parent = os.getppid()
+        self._supervisor = int(os.environ.get("MOEPP_SUPERVISOR_PID", "0"))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
@@ -56,8 +57,19 @@ class StopSignal:
         self._signalled = True
 
     def requested(self) -> bool:
-        """True from the first signal on, or once the parent process is another one."""
-        return self._signalled or os.getppid() != self._parent
+        """True from the first signal on, or once DeepSpeed's launcher or the one of this project is gone."""
+        return self._signalled or os.getppid() != self._parent or not _lives(self._supervisor)
+
+
+def _lives(pid: int) -> bool:
+    """Whether process `pid` exists; 0 stands for one that is not to be watched."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @dataclass(frozen=True)
@@ -204,8 +216,11 @@ def update(engine: Any, batches: Sequence[Batch], ranks: Ranks, *, rate: float, 
             "checkpoint"
         )
     counts_2LE = packed[4:].view_as(counts_2LE).long()
+    loss, lm_loss, balance_loss = means
     return UpdateResult(
-        *means,
+        loss=loss,
+        lm_loss=lm_loss,
+        balance_loss=balance_loss,
         grad_norm=float(engine.get_global_grad_norm()),
         wanted_LE=counts_2LE[0].tolist(),
         kept_LE=counts_2LE[1].tolist(),

@@ -19,7 +19,7 @@ from data_pipeline.shards import HEADER_BYTES, Shard, read_header, token_width
 
 
 def test_the_bytes_of_a_small_shard(tmp_path: Path) -> None:
-    # Documents [5, 6, 7], [] and [8] with end 1, vocabulary 1000: 7 tokens of 2 bytes, padded from 14 to 16 bytes.
+    # Documents [5, 6, 7], [] and [8] with end 1, vocabulary 1000: 7 tokens of 2 bytes, 14 padded to 16.
     # Ends 4, 5, 7. Parts of 4: the first ends at the document end 4; then at 7, the end of all.
     path = tmp_path / "a.train"
     write_shard(path, [[5, 6, 7], [], [8]], part_tokens=4, text_bytes=11)
@@ -177,11 +177,10 @@ def test_wrong_token_width(tmp_path: Path) -> None:
         Shard(with_header_sum(tmp_path, 12, b"\4"))
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    # All 312 bytes but the zeros: 96 at the end of the header and 2 behind the tokens.
+def test_a_flipped_bit_in_any_byte_is_found(tmp_path: Path) -> None:
     path = damaged(tmp_path, {})
     raw = path.read_bytes()
-    for offset in [*range(160), *range(HEADER_BYTES, 270), *range(272, 312)]:
+    for offset in range(len(raw)):
         path.write_bytes(raw[:offset] + bytes([raw[offset] ^ 1 << offset % 8]) + raw[offset + 1 :])
         with pytest.raises(DataError):
             Shard(path).verify()

@@ -34,8 +34,8 @@ def _parse_leniently(line: bytes) -> Any:
         byte = f"0x{line[error.start]:02x}"
         raise DataError(f"not valid UTF-8: {byte} at byte {error.start + 1}") from error
     except json.JSONDecodeError as error:
-        several = ", so there are several objects on the line" if error.msg == "Extra data" else ""
-        raise DataError(f"not valid JSON: {error.msg} at character {error.pos + 1}{several}") from error
+        several = ": several objects on one line" if error.msg == "Extra data" else ""
+        raise DataError(f"not valid JSON: {error.msg} (character {error.pos + 1}){several}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply; an integer of thousands of digits
         raise DataError(f"not usable JSON: {error}") from error
 

@@ -36,9 +36,10 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]
         raise DataError(
-            f"no vocabulary of {vocab_size} pieces can be trained on the sample's text "
-            f"({str(error).rpartition('] ')[2]}); choose another --vocab-size (default 4096) or a larger sample"
+            f"no vocabulary of {vocab_size} pieces can be trained on the sample's text ({reason}); "
+            "choose another --vocab-size (default 4096) or a larger sample"
         ) from error
     return model.getvalue()
 
