@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -100,7 +101,10 @@ def build_set(
     with _locked(root), _space_watched(root):
         clear_unfinished(root)
         settings = _settle(root, tokenizer, tokenizer_file, held_out, part_tokens)
-        jobs = [FileJob(str(root), name, file, settings, max_bad_share) for name, file in raw]
+        jobs = [
+            FileJob(str(root), name, file, os.path.getsize(file.path), settings, max_bad_share)
+            for name, file in raw
+        ]
         records = {job.key: record for job in jobs if (record := finished_record(job))}
         todo = [job for job in jobs if job.key not in records]
         watcher.begin(todo, len(records))

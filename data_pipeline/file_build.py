@@ -45,6 +45,8 @@ class FileJob:
     root: str
     corpus: str
     raw: RawFile
+    raw_bytes: int
+    """Size of the raw file as it lies on disk."""
     settings: Settings
     max_bad_share: float
 

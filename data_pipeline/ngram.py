@@ -11,8 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+
+from data_pipeline.config import DataConfig, flatten_mixture
+from data_pipeline.manifest import read_manifest, shard_path
+from data_pipeline.shards import Shard
+from data_pipeline.stream import claim_files
 
 
 @dataclass(frozen=True)
@@ -55,3 +61,12 @@ def count_ngrams(token_runs: Iterable[np.ndarray], *, vocab_size: int) -> NgramM
     first_V = np.zeros(vocab_size, dtype=np.int64)
     np.add.at(first_V, pair_P // vocab_size, pair_count_P)
     return NgramModel(vocab_size, count_V, first_V, pair_P, pair_count_P)
+
+
+def training_ngrams(config: DataConfig) -> NgramModel:
+    """Count the training tokens of every source of the mixture at `config.path`."""
+    root = Path(config.path)
+    manifest = read_manifest(root)
+    claimed = claim_files(manifest, sorted(flatten_mixture(config.mixture).weights))
+    paths = [shard_path(root, file.key, "train") for files in claimed.values() for file in files if file.train.tokens]
+    return count_ngrams((Shard(path).tokens for path in paths), vocab_size=manifest.settings.tokenizer.vocab_size)

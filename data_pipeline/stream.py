@@ -54,17 +54,17 @@ class ShardPool:
     """Shards by file number, opened when they are needed and closed when many others were needed since."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = paths
+        self.paths = paths
         self.tokens = lru_cache(maxsize=OPEN_SHARDS)(self._map_tokens)
         """tokens(file): the ids of a file's shard, a read-only view of the disk."""
         self.cuts = lru_cache(maxsize=8 * OPEN_SHARDS)(self._read_cuts)
         """cuts(file): the part cuts of a file's shard, uint64; none for a file without tokens."""
 
     def _map_tokens(self, file: int) -> np.ndarray:
-        return Shard(Path(self._paths[file])).tokens
+        return Shard(Path(self.paths[file])).tokens
 
     def _read_cuts(self, file: int) -> np.ndarray:
-        path = self._paths[file]
+        path = self.paths[file]
         return Shard(Path(path)).cuts.copy() if path else np.empty(0, dtype=np.uint64)
 
 
@@ -94,6 +94,7 @@ class RowStream:
         self.source_tokens: list[int] = [source.stream.tokens for source in sources]
         """Training tokens of one epoch of each source."""
         self._sources = sources
+        self._pool = pool
         self._tokens = pool.tokens
         self._block = lru_cache(maxsize=4)(self._locate_block)
 
@@ -129,6 +130,12 @@ class RowStream:
     def sources(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """Index into `source_names` of each row: int64 [n]."""
         return self.locate(indices).source
+
+    def pieces(self, index: int) -> list[tuple[str, int, int]]:
+        """Row `index` as (shard path, offset, tokens) pieces, in order: where its tokens lie."""
+        located = self.locate([index])
+        found = self._sources[int(located.source[0])].pieces(int(located.row[0]))
+        return [(self._pool.paths[file], offset, length) for file, offset, length in found]
 
     def gather(self, located: Located) -> np.ndarray:
         """Tokens of rows found by `locate`: int64 [n, seq_len + 1], a new array."""

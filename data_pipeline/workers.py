@@ -92,6 +92,8 @@ def _receive(pipe: Connection, job: Any) -> tuple[str, Any]:
         ) from None
     if kind == "unusable":
         raise DataError(message)
+    if kind == "system":
+        raise OSError(*message)
     if kind == "crashed":
         raise RuntimeError(f"a worker process failed at {job}:\n{message}")
     return kind, message
@@ -106,8 +108,10 @@ def _serve(pipe: Connection, work: Callable[[Any, Report], Any]) -> None:
                 answer = "result", work(job, lambda message: pipe.send(("progress", message)))
             except DataError as error:
                 answer = "unusable", str(error)
-            except OSError:
+            except (BrokenPipeError, ConnectionResetError):
                 raise
+            except OSError as error:
+                answer = "system", (error.errno, error.strerror or str(error), error.filename)
             except Exception:
                 answer = "crashed", traceback.format_exc()
             pipe.send(answer)

@@ -49,8 +49,8 @@ def plan_dispatch(
     """Give seats to the assignments `expert_N`, which are ordered by token.
 
     capacity_E: seats per expert, or None for dropless (MoE++ eq 8 is worked out by the recipe, not here).
-    drop_policy: a full expert keeps its most probable assignments (`probability`; ties: the earlier token) or those of the
-    earliest tokens (`position`).
+    drop_policy: a full expert keeps its most probable assignments (`probability`; ties: the earlier token) or those of
+    the earliest tokens (`position`).
     """
     wanted_E = torch.bincount(expert_N, minlength=num_experts)
     if capacity_E is None:

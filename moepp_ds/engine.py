@@ -46,7 +46,10 @@ def join_ranks() -> Ranks:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if accelerator.device_name() != "cpu":
+    if accelerator.device_name() == "cpu":
+        # Made for inference and used nowhere here; left on, a first start needs a C++ compiler and a minute of it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
         accelerator.set_device(local_rank)
     if not dist.is_initialized():
         deepspeed.init_distributed(
@@ -84,9 +87,3 @@ def build_engine(recipe: Recipe, ranks: Ranks, *, eos_id: int) -> tuple[Any, dic
     given = dict(config)  # DeepSpeed adds to the dictionary it is given
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, given
-
-
-def set_learning_rate(engine: Any, rate: float) -> None:
-    """Use `rate` for the next update, in every parameter group."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate

@@ -1,8 +1,9 @@
 """The seams to DeepSpeed's mixture of experts.
 
 1. `AllToAll` carries FFN assignments, and nothing else, between the ranks of an expert-parallel group.
-2. `ExpertParallelMoE` is a MoE++ layer that DeepSpeed's engine recognises: the engine makes the process groups, reduces
-   expert gradients over the ranks that hold replicas of them and counts every expert once in the gradient norm.
+2. `ExpertParallelMoE` is a MoE++ layer that DeepSpeed's engine recognises: the engine makes the process groups,
+   reduces expert gradients over the ranks that hold replicas of them and counts every expert once in the
+   gradient norm.
 3. `parameter_groups` divides a model's parameters into groups that provably partition it.
 
 What is assumed of DeepSpeed's internals is listed and checked in tests/test_deepspeed_contract.py.
@@ -10,7 +11,8 @@ What is assumed of DeepSpeed's internals is listed and checked in tests/test_dee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -32,12 +34,17 @@ MAX_EXPERT_GROUP = 178_956_971
 class _AllToAllRows(torch.autograd.Function):
     """Rows to the ranks that own their experts; in the backward pass their gradients take the way back.
 
-    The forward returns before the rows have arrived when `in_flight` is given: it receives the handle to wait for.
+    The forward returns before the rows have arrived when `in_flight` is given: it gets the handle to wait for.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, rows_RD: Tensor, sent: list[int], received: list[int], group: Any, in_flight: list[Any] | None
+        ctx: Any,
+        rows_RD: Tensor,
+        sent: list[int],
+        received: list[int],
+        group: Any,
+        in_flight: list[Any] | None,
     ) -> Tensor:
         ctx.sent, ctx.received, ctx.group = sent, received, group
         out_QD = rows_RD.new_empty(sum(received), rows_RD.shape[1])
@@ -117,9 +124,9 @@ class AllToAll:
 class ExpertParallelMoE(MoELayer, MoE):
     """A MoE++ layer whose FFN experts are spread over `expert_parallel` ranks.
 
-    It inherits DeepSpeed's MoE only to be recognised; none of that class's code runs. The engine reads `num_experts`
-    (FFN experts, over all ranks) and calls `set_deepspeed_parallelism`; expert parameters carry the marks `allreduce`
-    and `group_name` that send their gradients to the right ranks.
+    It inherits DeepSpeed's MoE only to be recognised; none of that class's code runs. The engine reads
+    `num_experts` (FFN experts, over all ranks) and calls `set_deepspeed_parallelism`; expert parameters carry the
+    marks `allreduce` and `group_name` that send their gradients to the right ranks.
     """
 
     def __init__(
@@ -154,7 +161,7 @@ class ExpertParallelMoE(MoELayer, MoE):
     forward = MoELayer.forward
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Called by `deepspeed.initialize`: make this size's process groups if no layer has yet, and join them."""
+        """Called by `deepspeed.initialize`: make this size's process groups if no layer has, and join them."""
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(self.ep_size, use_data_before_expert_parallel_)
         if self.ep_size > 1:
@@ -162,23 +169,22 @@ class ExpertParallelMoE(MoELayer, MoE):
             expected = self.first_local_expert // (self.num_experts // self.ep_size)
             if dist.get_rank(group) != expected:
                 raise RuntimeError(
-                    f"rank {dist.get_rank()} is number {dist.get_rank(group)} of its expert-parallel group but holds "
-                    f"the experts of number {expected}; `use_data_before_expert_parallelism` in the DeepSpeed JSON "
-                    "orders ranks that way and must be left out"
+                    f"rank {dist.get_rank()} is number {dist.get_rank(group)} of its expert-parallel group but "
+                    f"holds the experts of number {expected}; `use_data_before_expert_parallelism` in the "
+                    "DeepSpeed JSON orders ranks that way and must be left out"
                 )
             self.exchange = AllToAll(group)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, not to norms and not to the value vectors of constant experts."""
+    """Whether weight decay applies: to matrices, not to norms nor to the value vectors of constant experts."""
     return parameter.ndim >= 2 and not name.endswith("value_JD")
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Optimizer groups in the form DeepSpeed wants: each with a name, experts apart and marked `moe`.
 
-    Large expert groups are split at `MAX_EXPERT_GROUP` parameters. Raises if the groups do not hold every parameter
-    exactly once: a parameter outside of them would silently keep its initial value.
+    Large expert groups are split at `MAX_EXPERT_GROUP` parameters.
     """
     named = list(model.named_parameters())
     split = split_params_into_different_moe_groups_for_optimizer(
@@ -189,7 +195,22 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
         max_group_size=MAX_EXPERT_GROUP,
     )
     split = [group for group in split if group["params"]]
-    held = [id(p) for group in split for p in group["params"]]
-    if sorted(held) != sorted(id(p) for _, p in named):
-        raise RuntimeError(f"optimizer groups hold {len(held)} parameters, the model has {len(named)} others")
+    check_partition(split, model)
     return split
+
+
+def check_partition(optimizer_groups: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
+    """Raise RuntimeError unless the groups hold every parameter of the model once, and nothing else.
+
+    A parameter outside of them would silently keep its initial value; one held twice would be updated twice.
+    """
+    held = Counter(id(parameter) for group in optimizer_groups for parameter in group["params"])
+    wrong = [
+        f"{name} is in {held[id(parameter)]} groups"
+        for name, parameter in model.named_parameters()
+        if held.pop(id(parameter), 0) != 1
+    ]
+    if held:
+        wrong.append(f"{len(held)} others are no parameters of the model")
+    if wrong:
+        raise RuntimeError(f"optimizer groups must hold each parameter once; {', '.join(wrong)}")

@@ -30,8 +30,11 @@ def grouped_product(
     backend: `grouped_mm` is one kernel and the fast path on a GPU; on a CPU it is a loop inside, and plain `slices`
     are as fast and take every dtype. `auto` picks.
     """
-    if sum(counts) != len(rows_RX):
-        raise ValueError(f"{len(rows_RX)} rows for experts that expect {sum(counts)}; the dispatch plan is not theirs")
+    if len(counts) != len(weight_EXO) or sum(counts) != len(rows_RX):
+        raise ValueError(
+            f"{len(rows_RX)} rows for {len(weight_EXO)} experts, but {len(counts)} counts that sum to {sum(counts)}; "
+            "the dispatch plan is not theirs"
+        )
     dtype = product_dtype(rows_RX)
     if backend == "auto":
         backend = "grouped_mm" if rows_RX.is_cuda and _is_aligned(rows_RX, weight_EXO) else "slices"

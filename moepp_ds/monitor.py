@@ -1,9 +1,9 @@
-"""From returned statistics to named metrics: metrics.jsonl, TensorBoard, log.txt and status.json of a run folder.
+"""From returned statistics to named metrics: metrics.jsonl, TensorBoard, log.txt, status.json of a run folder.
 
-Only the first rank makes a `RunFolder`. metrics.jsonl is the record: one JSON object an update, written before the
-checkpoint that covers it. A resumed run drops the lines after its checkpoint and writes them anew, so the file reads
-as if the run had never stopped. TensorBoard is written here rather than through DeepSpeed's monitor, which cannot
-purge the points after a checkpoint; monitors that the DeepSpeed JSON turns on get the same scalars.
+Only the first rank makes a `RunFolder`. metrics.jsonl is the record: one JSON object an update, written before
+the checkpoint that covers it. A resumed run drops the lines after its checkpoint and writes them anew, so the
+file reads as if the run had never stopped. TensorBoard is written here rather than through DeepSpeed's monitor,
+which cannot purge the points after a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ def layer_metrics(
 ) -> list[dict[str, Any]]:
     """One record per MoE layer, from assignments counted over an update of `tokens` tokens.
 
-    share: of the assignments the router made, by expert kind. ffn_experts_per_token: mean FFN experts that computed a
-    token (after drops). dropped: share of all assignments that found no seat. ffn_load: assignments kept by each FFN
-    expert, 1.0 being the mean over FFN experts.
+    share: of the assignments the router made, by expert kind. ffn_experts_per_token: mean FFN experts that
+    computed a token (after drops). dropped: share of all assignments that found no seat. ffn_load: assignments
+    kept by each FFN expert, 1.0 being the mean over FFN experts.
     """
     records = []
     for wanted_E, kept_E in zip(wanted_LE, kept_LE):
         total, ffn = sum(wanted_E), kept_E[: kinds.num_ffn]
         records.append(
             {
-                "share": {kind: sum(wanted_E[at]) / total for kind, at in kinds.slices().items() if wanted_E[at]},
+                "share": {
+                    kind: sum(wanted_E[at]) / total for kind, at in kinds.slices().items() if wanted_E[at]
+                },
                 "ffn_experts_per_token": sum(ffn) / tokens,
                 "dropped": (total - sum(kept_E)) / total,
                 "ffn_load": [count * len(ffn) / max(sum(ffn), 1) for count in ffn],
@@ -43,7 +45,7 @@ def layer_metrics(
 
 
 def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """The numbers of a metrics record under slash-separated names: `layers/03/share/ffn`, `validation/dolma/loss`."""
+    """The numbers of a metrics record by slash-separated name: `layers/03/share/ffn`, `validation/dolma/loss`."""
     flat: list[tuple[str, float]] = []
 
     def walk(name: str, value: Any) -> None:
@@ -95,16 +97,18 @@ class RunFolder:
         print(line, file=self._log, flush=True)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Append one update's metrics and its curves. The line is with the operating system when this returns."""
+        """Append one update's metrics and its curves; both survive the death of this process from here on."""
         print(json.dumps(metrics), file=self._metrics, flush=True)
         if self._curves is not None:
             for name, value in scalars({key: value for key, value in metrics.items() if key != "step"}):
                 self._curves.add_scalar(name, value, metrics["step"])
+            self._curves.flush()
 
     def set_status(self, state: str, *, step: int, message: str = "") -> None:
         """Replace status.json."""
         partial = self.path / ".status.json.partial"
-        partial.write_text(json.dumps({"state": state, "step": step, "message": message}) + "\n", encoding="utf-8")
+        status = {"state": state, "step": step, "message": message}
+        partial.write_text(json.dumps(status) + "\n", encoding="utf-8")
         partial.replace(self.path / "status.json")
 
     def close(self) -> None:
@@ -119,14 +123,13 @@ def _keep_until(path: Path, step: int) -> None:
     """Drop the metrics after update `step`, and a last line that was cut off."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    end = 0
+    with path.open("r+b") as lines:  # a long run's file is large: read once, cut in place
+        for line in lines:
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+            end += len(line)
+        lines.truncate(end)
 
 
 def progress_line(metrics: Mapping[str, Any], *, total_steps: int, seconds_left: float) -> str:

@@ -54,6 +54,8 @@ class Router(nn.Module):
         if self.residual_EE is not None and previous_logits_TE is not None:
             logits_TE = logits_TE + previous_logits_TE @ self.residual_EE.to(dtype).t()
         probability_TE = torch.softmax(logits_TE, dim=-1)
-        gate_TK, expert_TK = torch.topk(probability_TE, self.top_k, dim=-1)
+        # By logits, not scores: where softmax underflows to 0 the order is lost.
+        expert_TK = torch.topk(logits_TE, self.top_k, dim=-1).indices
+        gate_TK = probability_TE.gather(-1, expert_TK)
         token_TK = torch.arange(len(x_TD), device=x_TD.device).unsqueeze(1).expand_as(expert_TK)
         return Routing(logits_TE, probability_TE, token_TK.flatten(), expert_TK.flatten(), gate_TK.flatten())

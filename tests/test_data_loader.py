@@ -20,7 +20,7 @@ from data_pipeline.loader import Batch, Loader
 from data_pipeline.manifest import read_manifest, shard_path
 from data_pipeline.order import file_order, name_keys, window_permutation
 from data_pipeline.shards import Shard
-from data_pipeline.stream import RowStream, open_held_out, open_stream
+from data_pipeline.stream import open_held_out, open_stream
 
 SEQ_LEN = 6
 TRAIN = {

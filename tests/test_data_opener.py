@@ -6,6 +6,7 @@ import gzip
 import re
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def zstd(data: bytes, **options) -> bytes:
     return zstandard.ZstdCompressor(write_content_size=False, **options).compress(data)
 
 
-PACK = {"plain": bytes, "gzip": gzip.compress, "zstandard": zstd}
+PACK: dict[str, Callable[[bytes], bytes]] = {"plain": bytes, "gzip": gzip.compress, "zstandard": zstd}
 
 
 def packed(folder: Path, suffix: str, data: bytes = CONTENT) -> Path:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ ONE = b'{"text": "one"}\n'
 
 
 def touch(root: Path, *names: str, data: bytes = ONE) -> Path:
-    pack = {".gz": gzip.compress, ".zst": zstandard.compress}
+    pack: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".zst": zstandard.compress}
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,7 @@ def test_hidden_and_other_files_are_not_data_but_links_are(tmp_path):
 def test_data_in_another_form_is_an_error_rather_than_passed_over(tmp_path, name):
     touch(tmp_path, "good.jsonl")
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(DataError, match=rf"{re.escape(name)} \(1 such files\) would not be read.*move it away"):
+    with pytest.raises(DataError, match=rf"{re.escape(name)} \(1 such files\) would not be read.*move it"):
         labels("dolma", tmp_path)
 
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import zstandard
 
 from data_pipeline.document import DataError, Document
@@ -40,12 +41,13 @@ def records(path: Path) -> list[dict]:
 
 
 def documents(folder: Path) -> list[Document]:
-    """Every training document, through the readers; a bad line would be no `Document`."""
+    """Every training document, through the readers; there is no bad line."""
     found = []
     for corpus in READERS:
         for file in reader_for(corpus).find_files(folder / corpus):
-            found += list(read_documents(file, corpus))
-    assert all(isinstance(item, Document) for item in found)
+            for item in read_documents(file, corpus):
+                assert isinstance(item, Document), item
+                found.append(item)
     return found
 
 
@@ -55,7 +57,8 @@ def texts_of(folder: Path, source: str) -> list[str]:
 
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
 def test_layout_and_containers(sample):
@@ -118,7 +121,7 @@ def test_readers_find_every_label_and_the_report_counts_what_they_read(sample):
     texts["pile/val"] = validation
     assert report.documents == {label: len(items) for label, items in texts.items()}
     assert report.text_bytes == {label: len("".join(items).encode()) for label, items in texts.items()}
-    assert all(report.documents[label] >= MIN_DOCUMENTS - 1 for label in LABELS)  # one of the Pile's may be in val
+    assert all(report.documents[label] >= MIN_DOCUMENTS - 1 for label in LABELS)  # val takes one
     assert report.files == len(digests(folder)) - 1  # all but sample.json
     assert 1e6 * MEGABYTES <= sum(report.text_bytes.values()) < 1e6 * 2 * MEGABYTES
 
@@ -132,15 +135,17 @@ def test_no_text_comes_twice_not_even_in_the_validation_file(sample):
 
 def test_every_corpus_has_its_own_look(sample):
     folder, _ = sample
-    assert all(text.startswith(r"\section{The module \texttt{") for text in texts_of(folder, "redpajama/arxiv"))
-    for text in texts_of(folder, "redpajama/stackexchange"):
-        assert text.startswith("Q: ") and "\n\nA: " in text
-    assert all(" | Index | Contact\n" in text for text in texts_of(folder, "redpajama/common_crawl"))
-    assert all(re.match(r"\w+[\w.]* \([\w.]+\)\n\n", text) for text in texts_of(folder, "redpajama/wikipedia"))
-    for source in ("dolma/modules", "dolma/network", "dolma/packages"):
+    looks = {
+        "redpajama/arxiv": r"\\section\{The module \\texttt\{",
+        "redpajama/stackexchange": r"Q: .*\?\n.*\((?s:.*)\n\nA: ",
+        "redpajama/common_crawl": r"Home \| .* \| Index \| Contact\n",
+        "redpajama/wikipedia": r"\w[\w.]* \([\w.]+\)\n\n",
+        "dolma/modules": r"(?s)(?!\"\"\").*(import|def|class|=)",
+        "pile": r"(def|class|async def) \w|[\w.]+\n\n",
+    }
+    for source, look in looks.items():
         for text in texts_of(folder, source):
-            compile(re.sub(r"(?m):[ \t]*$", ": pass", "x = 1"), source, "exec")
-            assert '\n    """' not in text or "= " in text
+            assert re.match(look, text), (source, text[:200])
 
 
 def test_the_same_bytes_again_and_an_older_sample_is_replaced(sample, tmp_path):
@@ -174,8 +179,6 @@ def test_tokenizer_is_lossless_and_fits_the_path(sample):
 
 
 def test_tokenizer_has_llama2s_settings(sample):
-    import sentencepiece
-
     model = sentencepiece.SentencePieceProcessor(model_file=str(sample[0] / "tokenizer" / "tokenizer.model"))
     assert [model.id_to_piece(i) for i in (0, 1, 2, 3, 258)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0xFF>"]
     pieces = [model.id_to_piece(i) for i in range(259, model.vocab_size())]
@@ -235,7 +238,8 @@ def test_a_source_file_is_taken_apart_without_doubling_a_passage(tmp_path):
         ("A.get", "A.get(self, key, default=None)", False, True, "Get it."),
         ("one_line", "one_line()", False, False, "stays where it is"),
     ]
-    assert module.definitions[1].source.startswith("    def get(self") and module.definitions[1].source.count("\n") == 3
+    source = module.definitions[1].source
+    assert source.startswith("    def get(self") and source.endswith("# kept\n") and source.count("\n") == 3
 
 
 def test_files_that_are_no_source_are_passed_over(tmp_path):
@@ -248,4 +252,4 @@ def test_the_library_is_that_of_the_base_installation_without_its_tests():
     names = [name for name, _ in module_files(library_folder())]
     assert names == sorted(names)
     assert {"json", "json.decoder", "argparse", "asyncio.events"} <= set(names)
-    assert not any(part in name.split(".") for name in names for part in ("test", "site-packages", "encodings"))
+    assert not {"test", "site-packages", "encodings"} & {part for name in names for part in name.split(".")}

@@ -80,7 +80,7 @@ def test_sentencepiece_without_end_of_sentence_needs_eos(tmp_path):
         load_tokenizer(path)
     tokenizer = load_tokenizer(path, eos="<end>")
     assert (tokenizer.eos_id, tokenizer.eos_token) == (2, "<end>")
-    with pytest.raises(DataError, match="--eos 'nope' is no piece of .*; its control pieces are '<s>', '<end>'"):
+    with pytest.raises(DataError, match="--eos 'nope' is no piece of .*; its control pieces are"):
         load_tokenizer(path, eos="nope")
 
 
@@ -190,7 +190,7 @@ def test_files_that_are_no_tokenizer(tmp_path):
         load_tokenizer(path)
     for content, message in {
         b"": r"is empty \(0 bytes\); download it again",
-        b"version https://git-lfs.github.com/spec/v1\n": "is a Git-LFS pointer, not the file; run `git lfs pull`",
+        b"version https://git-lfs.github.com/spec/v1\n": "is a Git-LFS pointer, .*; run `git lfs pull`",
         b"\x1f\x8b something else": "is neither a SentencePiece model nor a Hugging Face tokenizer.json",
         b'{"bos_token": "<s>"}': "is JSON but no Hugging Face tokenizer .*not tokenizer_config.json",
         b'{"text": "\xff"}': "is JSON but no Hugging Face tokenizer",
@@ -215,4 +215,5 @@ def test_llama2_encodes_real_documents_as_plain_sentencepiece_does():
             arrays = tokenizer.encode_batch(texts)
             assert [ids.tolist() for ids in arrays] == plain.encode(texts)
             # A word mark U+2581 written in a text reads back as the space it stands for.
-            assert [tokenizer.decode(ids) for ids in arrays] == [text.replace("\u2581", " ") for text in texts]
+            spaced = [text.replace("\u2581", " ") for text in texts]
+            assert [tokenizer.decode(ids) for ids in arrays] == spaced

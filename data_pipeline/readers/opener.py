@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import zstandard
 
@@ -103,7 +104,7 @@ def _content(path: str) -> Iterator[bytes]:
         raise DataError(f"cannot read {path}: {error.strerror}; check that it is there") from error
 
 
-def _blocks(first: bytes, file) -> Iterator[bytes]:
+def _blocks(first: bytes, file: BinaryIO) -> Iterator[bytes]:
     block = first
     while block:
         yield block

@@ -1,0 +1,128 @@
+"""Conservation: what the raw files hold against what the shards hold, to the token; and the mixture's
+exactness.
+
+The raw files are read and encoded once more, document by document, each with one end-of-document id. The
+shards' own tokens are counted, not what the manifest says of them. Nothing is shared with `build` but the
+readers and the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.document import BadLine, DataError, RawFile
+from data_pipeline.manifest import SPLITS, FileRecord, TokenizerInfo, read_manifest, shard_path
+from data_pipeline.readers import read_documents, reader_for
+from data_pipeline.shards import CHUNK_BYTES, Shard
+from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.workers import Report, run_jobs
+
+DEVIATION_BOUND = 1.1
+"""Rows by which a source may be off its share at any prefix of the stream."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Documents, tokens and bad lines of a file or of several."""
+
+    documents: int = 0
+    tokens: int = 0
+    bad_lines: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.documents + other.documents, self.tokens + other.tokens, self.bad_lines + other.bad_lines
+        )
+
+    def __str__(self) -> str:
+        return f"{self.documents:,} documents, {self.tokens:,} tokens, {self.bad_lines:,} bad lines"
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Raw files against shards, by source label."""
+
+    raw: Mapping[str, Tally]
+    shards: Mapping[str, Tally]
+    problems: list[str]
+    """One message for each file whose numbers differ, or that is on one side only; empty when all agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CountJob:
+    corpus: str
+    raw: RawFile
+    tokenizer: str
+    eos_token: str
+
+    def __str__(self) -> str:
+        return self.raw.path
+
+
+def count_set(
+    root: Path,
+    corpora: Mapping[str, Path],
+    *,
+    workers: int = 1,
+    on_file: Callable[[RawFile], None] = lambda file: None,
+) -> Counted:
+    """Count the corpora given as {corpus name: folder} again and compare them with the set at `root`."""
+    if not corpora:
+        raise DataError("nothing to count: name at least one corpus folder (--redpajama, --dolma or --pile)")
+    manifest = read_manifest(root)
+    info = manifest.settings.tokenizer
+    jobs = [
+        _CountJob(name, file, str(root / info.file), info.eos_token)
+        for name, path in corpora.items()
+        for file in reader_for(name).find_files(path)
+    ]
+    listed = {file.key: file for file in manifest.files if file.corpus in corpora}
+    raw: dict[str, Tally] = {}
+    shards: dict[str, Tally] = {}
+    problems = []
+    for job, there in run_jobs(_count_file, jobs, workers=workers, on_progress=lambda job, message: None):
+        source = job.raw.source
+        raw[source] = raw.get(source, Tally()) + there
+        record = listed.pop(f"{job.corpus}/{job.raw.name}", None)
+        if record is None:
+            problems.append(f"{job.raw.path} is not in the set: run `moepp-data build` again to add it")
+        else:
+            here = _count_shards(root, record, info)
+            shards[source] = shards.get(source, Tally()) + here
+            if here != there:
+                problems.append(f"{job.raw.path} holds {there}; its shards hold {here}")
+        on_file(job.raw)
+    for record in listed.values():
+        shards[record.source] = shards.get(record.source, Tally()) + _count_shards(root, record, info)
+        problems.append(f"the set holds {record.key}, which is not among the raw files any more")
+    return Counted(raw, shards, problems)
+
+
+def _count_file(job: _CountJob, report: Report) -> Tally:
+    tokenizer = load_tokenizer(job.tokenizer, job.eos_token)
+    documents = tokens = bad_lines = 0
+    for item in read_documents(job.raw, job.corpus):
+        if isinstance(item, BadLine):
+            bad_lines += 1
+        else:
+            documents += 1
+            tokens += len(tokenizer.encode_batch([item.text])[0]) + 1
+    return Tally(documents, tokens, bad_lines)
+
+
+def _count_shards(root: Path, record: FileRecord, info: TokenizerInfo) -> Tally:
+    """Tokens and end-of-document ids that lie in a file's shards."""
+    total = Tally(bad_lines=record.bad_lines)
+    for split in SPLITS:
+        if record.split(split).documents:
+            tokens = Shard(shard_path(root, record.key, split)).tokens
+            ends = sum(
+                int(np.count_nonzero(tokens[start : start + CHUNK_BYTES] == info.eos_id))
+                for start in range(0, len(tokens), CHUNK_BYTES)
+            )
+            total += Tally(documents=ends, tokens=len(tokens))
+    return total

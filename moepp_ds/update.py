@@ -1,0 +1,112 @@
+"""One optimizer update: forward and backward for every micro batch, one look at all ranks' losses, then the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.loader import Batch
+from moepp_ds.engine import Ranks
+from moepp_ds.model import ModelOutput
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is no number; raised before the update it would have spoiled."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """Means and counts of one update over all ranks and micro batches. L MoE layers, E experts.
+
+    grad_norm: before clipping; inf where a dynamic fp16 loss scale was too large and the update was skipped.
+    stop: some rank was asked to stop.
+    """
+
+    loss: float
+    lm_loss: float
+    balance_loss: float
+    grad_norm: float
+    wanted_LE: list[list[int]]
+    kept_LE: list[list[int]]
+    stop: bool
+
+
+def update(engine: Any, batches: Sequence[Batch], ranks: Ranks, *, rate: float, stop: bool) -> UpdateResult:
+    """Do one update with learning rate `rate` from this rank's micro batches. Collective.
+
+    Losses, counts and the wish to stop are summed over ranks in one small all-reduce before the step. Raises
+    NonFiniteError on every rank, with the weights as they were, when a loss or the gradient norm is not finite.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+    outputs: list[ModelOutput] = []
+    for batch in batches:
+        if outputs:
+            engine.step()  # between micro batches: DeepSpeed only counts it
+        output = engine(torch.from_numpy(batch.tokens_BS).to(ranks.device, non_blocking=True))
+        engine.backward(output.loss)
+        outputs.append(output)
+    loss_M = torch.stack([output.loss.detach() for output in outputs])
+    sums, counts_2LE = _sum_over_ranks(outputs, ranks, stop=stop)
+    loss, lm_loss, balance_loss = (value / (len(batches) * ranks.world) for value in sums[:3])
+    if not math.isfinite(loss):
+        raise NonFiniteError(_describe_losses(loss_M, batches, ranks, number=engine.global_steps + 1))
+    engine.step()
+    if engine.optimizer.overflow and not engine.fp16_enabled():
+        raise NonFiniteError(_describe_gradient(batches, ranks, number=engine.global_steps))
+    return UpdateResult(
+        loss=loss,
+        lm_loss=lm_loss,
+        balance_loss=balance_loss,
+        grad_norm=float(engine.get_global_grad_norm()),
+        wanted_LE=counts_2LE[0].tolist(),
+        kept_LE=counts_2LE[1].tolist(),
+        stop=sums[3] > 0,
+    )
+
+
+def _sum_over_ranks(outputs: Sequence[ModelOutput], ranks: Ranks, *, stop: bool) -> tuple[list[float], Tensor]:
+    """(sums of loss, lm_loss, balance_loss and stop; counts wanted and kept [2, L, E]) over micro batches and ranks.
+
+    fp64 holds every count exactly, so one tensor carries them all.
+    """
+    losses_M3 = torch.stack([torch.stack([o.loss.detach(), o.lm_loss, o.balance_loss]) for o in outputs]).double()
+    counts_M2LE = torch.stack([torch.stack([o.wanted_LE, o.kept_LE]) for o in outputs])
+    counts_2LE = counts_M2LE.sum(dim=0)
+    flag = losses_M3.new_tensor([float(stop)])
+    packed = torch.cat([losses_M3.sum(dim=0), flag, counts_2LE.flatten().double()])
+    dist.all_reduce(packed)
+    return packed[:4].tolist(), packed[4:].view_as(counts_2LE).long()
+
+
+def _describe_losses(loss_M: Tensor, batches: Sequence[Batch], ranks: Ranks, *, number: int) -> str:
+    """Name the ranks and rows whose loss is not finite. Collective."""
+    starts_M = torch.tensor([batch.row_start for batch in batches], device=ranks.device)
+    mine_M = torch.where(torch.isfinite(loss_M), -1, starts_M)
+    everyone = [torch.empty_like(mine_M) for _ in range(ranks.world)]
+    dist.all_gather(everyone, mine_M)
+    rows = len(batches[0].tokens_BS)
+    places = [
+        f"rank {rank} rows {start} to {start + rows - 1}"
+        for rank, starts in enumerate(everyone)
+        for start in starts.tolist()
+        if start >= 0
+    ]
+    return (
+        f"loss of update {number} is not finite: {', '.join(places)}; the weights were not changed. Look at the rows "
+        "with `moepp-data show`, lower train.max_lr, or resume from an earlier checkpoint"
+    )
+
+
+def _describe_gradient(batches: Sequence[Batch], ranks: Ranks, *, number: int) -> str:
+    first, last = batches[0].row_start, batches[-1].row_start + len(batches[-1].tokens_BS) - 1
+    return (
+        f"gradient norm of update {number} is not finite although every loss is; the weights were not changed. "
+        f"Rank {ranks.rank} had rows {first} to {last}. Lower train.max_lr, or resume from an earlier checkpoint"
+    )

@@ -1,0 +1,297 @@
+"""Build: shards against plain JSON reading, restarts and kills byte for byte, quarantine, lock, settings."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from raw_corpora import EOS, ids_of, lines_of, text_of, write_corpora, write_raw, write_tokenizer
+
+from data_pipeline.build import BuildReport, build_set
+from data_pipeline.document import DataError
+from data_pipeline.held_out import HeldOutRule
+from data_pipeline.manifest import SplitRecord, read_manifest, shard_path
+from data_pipeline.shards import Shard
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> dict[str, Path]:
+    return write_corpora(tmp_path / "raw")
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    return write_tokenizer(tmp_path / "tokenizer.json")
+
+
+def build(root: Path, tokenizer: Path, raw: dict[str, Path], **changes: object) -> BuildReport:
+    settings = {"tokenizer_file": tokenizer, "corpora": raw, "held_out": 0.1, "part_tokens": 32, **changes}
+    return build_set(root, **settings)  # type: ignore[arg-type]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of a set by name, but the lock."""
+    files = [path for path in root.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def pile_only(tmp_path: Path, data: bytes, name: str = "00.jsonl") -> dict[str, Path]:
+    write_raw(tmp_path / "pile/train" / name, data)
+    return {"pile": tmp_path / "pile"}
+
+
+def is_held_out(text: str, share: float) -> bool:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=b"moepp held-out").digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+def test_shards_hold_what_the_raw_files_hold(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    report = build(tmp_path / "out", tokenizer, raw)
+    assert (report.built, report.kept) == (6, 0)
+    texts = [json.loads(line)["text"] for line in gzip.open(raw["dolma"] / "wiki/wiki-0.json.gz")]
+    for split, held in (("train", False), ("held_out", True)):
+        mine = [text for text in texts if is_held_out(text, 0.1) == held]
+        assert mine
+        shard = Shard(shard_path(tmp_path / "out", "dolma/wiki/wiki-0.json.gz", split))  # type: ignore[arg-type]
+        assert shard.tokens.tolist() == [token for text in mine for token in [*ids_of(text), EOS]]
+        assert shard.header.text_bytes == sum(len(text.encode()) for text in mine)
+        shard.verify()
+        assert getattr(report.manifest.files[0], split) == SplitRecord(
+            documents=len(mine),
+            text_bytes=shard.header.text_bytes,
+            tokens=len(shard.tokens),
+            checksum=shard.header.checksum,
+        )
+    assert [(file.key, file.source) for file in report.manifest.files] == [
+        ("dolma/wiki/wiki-0.json.gz", "dolma/wiki"),
+        ("dolma/wiki/wiki-1.json.gz", "dolma/wiki"),
+        ("pile/train/00.jsonl.zst", "pile"),
+        ("pile/train/01.jsonl.zst", "pile"),
+        ("redpajama/book/book.jsonl", "redpajama/book"),
+        ("redpajama/common_crawl/2023-06/cc.jsonl.zst", "redpajama/common_crawl"),
+    ]
+    assert read_manifest(tmp_path / "out") == report.manifest
+    assert (tmp_path / "out/tokenizer/tokenizer.json").read_bytes() == tokenizer.read_bytes()
+
+
+def test_no_machine_path_is_stored(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    build(tmp_path / "out", tokenizer, raw)
+    assert not [name for name, data in contents(tmp_path / "out").items() if str(tmp_path).encode() in data]
+
+
+def test_many_batches_of_documents(tmp_path: Path, tokenizer: Path) -> None:
+    texts = [text_of(number) for number in range(1300)]
+    report = build(tmp_path / "out", tokenizer, pile_only(tmp_path, lines_of(texts)), held_out=0.0)
+    shard = Shard(shard_path(tmp_path / "out", "pile/train/00.jsonl", "train"))
+    assert shard.tokens.tolist() == [token for text in texts for token in [*ids_of(text), EOS]]
+    assert report.manifest.files[0].held_out == SplitRecord()
+    assert not list((tmp_path / "out").rglob("*.held_out"))
+
+
+def test_workers_write_the_same_bytes(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    build(tmp_path / "one", tokenizer, raw)
+    build(tmp_path / "two", tokenizer, raw, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_second_build_keeps_what_is_done_and_mends_what_is_not(
+    tmp_path: Path, raw: dict[str, Path], tokenizer: Path
+) -> None:
+    out = tmp_path / "out"
+    build(out, tokenizer, raw)
+    before = contents(out)
+    assert build(out, tokenizer, raw).built == 0
+    shard_path(out, "pile/train/00.jsonl.zst", "train").unlink()
+    truncated = shard_path(out, "pile/train/01.jsonl.zst", "train")
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    (out / "records/dolma/wiki/wiki-0.json.gz.json").write_bytes(b"{")
+    (out / "shards/.unfinished-left-by-a-kill").touch()
+    report = build(out, tokenizer, raw)
+    assert (report.built, report.kept) == (3, 3)
+    assert contents(out) == before
+
+
+def test_a_changed_raw_file_is_built_again(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    out = tmp_path / "out"
+    build(out, tokenizer, raw)
+    write_raw(raw["dolma"] / "wiki/wiki-1.json.gz", lines_of(["w1 w2 w3"]))
+    assert build(out, tokenizer, raw, held_out=0.1).built == 1
+    assert Shard(shard_path(out, "dolma/wiki/wiki-1.json.gz", "train")).tokens.tolist() == [2, 3, 4, EOS]
+
+
+def test_corpora_can_be_added_and_files_removed(
+    tmp_path: Path, raw: dict[str, Path], tokenizer: Path
+) -> None:
+    out = tmp_path / "out"
+    build(out, tokenizer, {"pile": raw["pile"]})
+    (raw["pile"] / "train/00.jsonl.zst").unlink()
+    assert len(build(out, tokenizer, {"dolma": raw["dolma"]}).manifest.files) == 4
+    manifest = build(out, tokenizer, {"pile": raw["pile"]}).manifest
+    assert [file.key for file in manifest.files] == [
+        "dolma/wiki/wiki-0.json.gz",
+        "dolma/wiki/wiki-1.json.gz",
+        "pile/train/01.jsonl.zst",
+    ]
+
+
+def test_a_build_killed_at_any_moment_ends_with_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
+    raw = write_corpora(tmp_path / "raw", documents=3000)
+    build(tmp_path / "undisturbed", tokenizer, raw, held_out=0.005, part_tokens=262_144)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "data_pipeline", "build", str(out), "--tokenizer", str(tokenizer)]
+    command += [word for name, path in raw.items() for word in (f"--{name}", str(path))]
+    for after_files in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(out.rglob("records/**/*.json"))) <= after_files:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_bad_lines_are_set_aside_with_place_reason_and_bytes(tmp_path: Path, tokenizer: Path) -> None:
+    good = lines_of(["w1 w2"])
+    bad = [b"not json", b'{"text": null}', b'{"text": "\xff"}', b"\x00"]
+    data = good + bad[0] + b"\n\n" + bad[1] + b"\n" + good + bad[2] + b"\n" + bad[3]
+    report = build(tmp_path / "out", tokenizer, pile_only(tmp_path, data), held_out=0.0)
+    record = report.manifest.files[0]
+    assert (record.train.documents, record.bad_lines) == (2, 4)
+    quarantine = (tmp_path / "out/quarantine/pile/train/00.jsonl.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in quarantine]
+    assert [entry["line"] for entry in entries] == [2, 4, 6, 7]
+    assert [base64.b64decode(entry["raw"]) for entry in entries] == bad
+    assert all(entry["file"] == "train/00.jsonl" and entry["reason"] for entry in entries)
+
+
+def test_too_many_bad_lines_stop_the_build(tmp_path: Path, tokenizer: Path) -> None:
+    raw = pile_only(tmp_path, lines_of(["w1"] * 20) + b"bad\n" * 11)
+    message = (
+        "00.jsonl: 11 of 31 lines are no documents, more than 10 and more than the allowed share of 0.001;"
+        " the last is line 31 ("
+    )
+    with pytest.raises(DataError, match=re.escape(message)):
+        build(tmp_path / "out", tokenizer, raw)
+    assert len((tmp_path / "out/quarantine/pile/train/00.jsonl.jsonl").read_text().splitlines()) == 11
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert not list((tmp_path / "out").rglob("*.train"))
+    assert build(tmp_path / "out", tokenizer, raw, max_bad_share=0.5).manifest.files[0].bad_lines == 11
+
+
+def test_ten_bad_lines_are_always_allowed_and_a_share_of_a_long_file(tmp_path: Path, tokenizer: Path) -> None:
+    raw = pile_only(tmp_path, lines_of(["w1"]) + b"bad\n" * 10)
+    assert build(tmp_path / "short", tokenizer, raw, held_out=0.0).manifest.files[0].bad_lines == 10
+    raw = pile_only(tmp_path, b"bad\n" * 12 + lines_of(["w1"]) * 11_988)
+    with pytest.raises(DataError, match="12 of 10,000 lines are no documents"):
+        build(tmp_path / "long", tokenizer, raw)
+    raw = pile_only(tmp_path, lines_of(["w1"]) * 11_988 + b"bad\n" * 12)
+    assert build(tmp_path / "long", tokenizer, raw).manifest.files[0].bad_lines == 12
+
+
+def test_a_file_without_documents_is_recorded_and_has_no_shard(tmp_path: Path, tokenizer: Path) -> None:
+    report = build(tmp_path / "out", tokenizer, pile_only(tmp_path, b"bad\n"))
+    assert report.manifest.files[0].train == SplitRecord()
+    assert not (tmp_path / "out/shards/pile/train/00.jsonl.train").exists()
+    assert build(tmp_path / "out", tokenizer, {"pile": tmp_path / "pile"}).kept == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_truncated_file_stops_the_build_and_keeps_the_others(
+    tmp_path: Path, raw: dict[str, Path], tokenizer: Path, workers: int
+) -> None:
+    last = raw["redpajama"] / "common_crawl/2023-06/cc.jsonl.zst"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-9])
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="cc.jsonl.zst is truncated: it ends inside a zstandard frame"):
+        build(out, tokenizer, raw, workers=workers)
+    assert not (out / "manifest.json").exists()
+    assert not list(out.rglob("*cc.jsonl.zst.train"))
+    last.write_bytes(whole)
+    report = build(out, tokenizer, raw, workers=workers)
+    assert report.built + report.kept == 6
+    assert workers > 1 or report.kept >= 1
+
+
+def test_two_builds_into_one_folder(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with open(out / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(
+            DataError, match=re.escape(f"another build is writing to {out}; wait for it to end")
+        ):
+            build(out, tokenizer, raw)
+    build(out, tokenizer, raw)
+
+
+def test_the_lock_of_a_killed_build_is_free(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    hold = (
+        "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held',"
+        " flush=True); input()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, str(out / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline() == "held\n"
+    with pytest.raises(DataError, match="another build is writing"):
+        build(out, tokenizer, raw)
+    process.kill()
+    process.communicate()
+    assert build(out, tokenizer, raw).built == 6
+
+
+def test_other_settings_are_refused(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    out = tmp_path / "out"
+    build(out, tokenizer, raw)
+    with pytest.raises(DataError, match="was begun with other settings: held-out share 0.1 then and 0.2 now"):
+        build(out, tokenizer, raw, held_out=0.2)
+    with pytest.raises(DataError, match="part length 32 then and 64 now; build into another folder"):
+        build(out, tokenizer, raw, part_tokens=64)
+    other = write_tokenizer(tmp_path / "other/tokenizer.json", ["<unk>", "w0"])
+    with pytest.raises(DataError, match="was begun with other settings: tokenizer [0-9a-f]{12} then and"):
+        build(out, other, raw)
+    assert (out / "tokenizer/tokenizer.json").read_bytes() == tokenizer.read_bytes()
+    os.rename(tokenizer, tmp_path / "renamed.json")
+    assert build(out, tmp_path / "renamed.json", raw).kept == 6
+    (out / "settings.json").write_text("{}")
+    with pytest.raises(DataError, match="settings.json is damaged"):
+        build(out, tmp_path / "renamed.json", raw)
+
+
+def test_arguments_that_make_no_sense(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    with pytest.raises(DataError, match="nothing to build: name at least one corpus folder"):
+        build(tmp_path / "out", tokenizer, {})
+    with pytest.raises(DataError, match=re.escape("held-out share 1 is not in [0, 1)")):
+        build(tmp_path / "out", tokenizer, raw, held_out=1)
+    with pytest.raises(DataError, match="workers 0 and part_tokens 32 must be at least 1"):
+        build(tmp_path / "out", tokenizer, raw, workers=0)
+    with pytest.raises(DataError, match="max_bad_share 1.5"):
+        build(tmp_path / "out", tokenizer, raw, max_bad_share=1.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_held_out_rule() -> None:
+    texts = [text_of(number) for number in range(2000)]
+    chosen = [HeldOutRule(0.1)(text.encode()) for text in texts]
+    assert chosen == [is_held_out(text, 0.1) for text in texts]
+    assert 140 < sum(chosen) < 260  # 200 expected, standard deviation 13.4
+    more = [HeldOutRule(0.2)(text.encode()) for text in texts]
+    assert all(now for now, then in zip(more, chosen) if then), "a larger share only adds documents"
+    assert not any(HeldOutRule(0)(text.encode()) for text in texts)

@@ -1,0 +1,149 @@
+"""Seats, against typed-out plans and, exhaustively at small sizes, against a loop over experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations, product
+
+import pytest
+import torch
+
+from moepp_ds.dispatch import DispatchPlan, DropPolicy, plan_dispatch
+
+
+def plan(
+    expert_N: Sequence[int],
+    probability_N: Sequence[float] | None = None,
+    *,
+    num_experts: int = 3,
+    num_ffn: int = 2,
+    capacity_E: Sequence[int] | None = None,
+    drop_policy: DropPolicy = "probability",
+) -> DispatchPlan:
+    return plan_dispatch(
+        expert_N=torch.tensor(expert_N, dtype=torch.int64),
+        probability_N=torch.tensor(probability_N or [0.5] * len(expert_N)),
+        num_experts=num_experts,
+        num_ffn=num_ffn,
+        capacity_E=capacity_E,
+        drop_policy=drop_policy,
+    )
+
+
+def listed(made: DispatchPlan) -> dict[str, object]:
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(made).items()}
+
+
+def test_dropless_keeps_all_and_sorts_the_ffn_assignments() -> None:
+    # Tokens 0, 1, 2 with two choices each; experts 0 and 1 are FFN, 2 is not.
+    #   assignment  0 1   2 3   4 5
+    #   expert      1 2   0 1   2 0
+    # Expert 0 works on assignments 3rd and 6th (indices 2, 5), expert 1 on 0 and 3.
+    made = plan([1, 2, 0, 1, 2, 0])
+    assert listed(made) == {
+        "wanted_E": [2, 2, 2],
+        "kept_E": [2, 2, 2],
+        "kept_N": [True] * 6,
+        "order_R": [2, 5, 0, 3],
+        "ffn_counts": (2, 2),
+    }
+    assert made.wanted_E.dtype == made.kept_E.dtype == made.order_R.dtype == torch.int64
+    assert made.kept_N.dtype == torch.bool
+
+
+EXPERT_N = [0, 0, 1, 0, 0, 1, 2]
+PROBABILITY_N = [0.3, 0.6, 0.9, 0.5, 0.6, 0.1, 0.2]
+
+
+def test_a_full_expert_keeps_the_most_probable() -> None:
+    # Expert 0 has 2 seats for 0.3, 0.6, 0.5, 0.6: the two 0.6 (assignments 1 and 4). Expert 1 has 1 for 0.9, 0.1.
+    made = plan(EXPERT_N, PROBABILITY_N, capacity_E=[2, 1, 5])
+    assert listed(made) == {
+        "wanted_E": [4, 2, 1],
+        "kept_E": [2, 1, 1],
+        "kept_N": [False, True, True, False, True, False, True],
+        "order_R": [1, 4, 2],  # expert 0 by token, then expert 1; assignment 6 is no FFN expert's
+        "ffn_counts": (2, 1),
+    }
+
+
+def test_or_the_earliest() -> None:
+    made = plan(EXPERT_N, PROBABILITY_N, capacity_E=[2, 1, 5], drop_policy="position")
+    assert made.kept_N.tolist() == [True, True, True, False, False, False, True]
+    assert made.order_R.tolist() == [0, 1, 2]
+
+
+def test_of_equal_probabilities_the_earlier_token_stays() -> None:
+    assert plan([0] * 5, [0.1, 0.4, 0.4, 0.9, 0.4], capacity_E=[3, 1, 1]).order_R.tolist() == [1, 2, 3]
+
+
+def test_experts_that_nobody_asked_for_are_counted_as_zero() -> None:
+    # Four FFN experts, of which 0 and 3 get nothing, and no zero-computation expert at all.
+    made = plan([2, 1, 2], num_experts=4, num_ffn=4, capacity_E=[1, 1, 1, 1])
+    assert listed(made)["wanted_E"] == [0, 1, 2, 0]
+    assert made.ffn_counts == (0, 1, 1, 0)
+    assert made.order_R.tolist() == [1, 0]
+
+
+def test_no_ffn_assignment_and_no_assignment_at_all() -> None:
+    made = plan([2, 2, 2])
+    assert (made.order_R.tolist(), made.ffn_counts, made.kept_E.tolist()) == ([], (0, 0), [0, 0, 3])
+    for capacity_E in (None, [1, 1, 1]):
+        made = plan([], capacity_E=capacity_E)
+        assert (made.order_R.tolist(), made.ffn_counts, made.kept_E.tolist()) == ([], (0, 0), [0, 0, 0])
+
+
+def test_no_gradient_passes() -> None:
+    # A plan is integers; the probabilities it is made from need no detaching.
+    made = plan_dispatch(
+        expert_N=torch.tensor([0]),
+        probability_N=torch.tensor([0.5], requires_grad=True),
+        num_experts=1,
+        num_ffn=1,
+        capacity_E=[1],
+    )
+    assert not any(value.requires_grad for value in vars(made).values() if isinstance(value, torch.Tensor))
+
+
+def seats_by_loop(
+    expert_N: Sequence[int], probability_N: Sequence[float], num_ffn: int, capacity_E: Sequence[int], by_probability: bool
+) -> dict[str, object]:
+    """The plan by definition: expert by expert, a sorted queue is cut at the number of seats."""
+    wanted, kept, order, kept_n = [], [], [], [False] * len(expert_N)
+    for expert, seats in enumerate(capacity_E):
+        queue = [n for n, chosen in enumerate(expert_N) if chosen == expert]
+        accepted = sorted(queue, key=lambda n: (-probability_N[n], n) if by_probability else n)[:seats]
+        wanted.append(len(queue))
+        kept.append(len(accepted))
+        for n in accepted:
+            kept_n[n] = True
+        if expert < num_ffn:
+            order += sorted(accepted)
+    return {
+        "wanted_E": wanted,
+        "kept_E": kept,
+        "kept_N": kept_n,
+        "order_R": order,
+        "ffn_counts": tuple(kept[:num_ffn]),
+    }
+
+
+@pytest.mark.parametrize("drop_policy", ["probability", "position"])
+def test_every_set_of_choices_of_three_tokens(drop_policy: DropPolicy) -> None:
+    # Each token chooses any subset of three experts, none and all included: 8^3 routings, ragged ones among them.
+    # Probabilities have three values, so that experts meet ties; seats from none to plenty.
+    subsets = [subset for size in range(4) for subset in combinations(range(3), size)]
+    for number, choices in enumerate(product(subsets, repeat=3)):
+        expert_N = [expert for subset in choices for expert in subset]
+        probability_N = [(7 * n + number) % 3 / 4 for n in range(len(expert_N))]
+        for num_ffn, capacity_E in ((2, (1, 1, 1)), (2, (2, 1, 0)), (3, (1, 2, 3)), (1, (0, 3, 2))):
+            made = plan(expert_N, probability_N, num_ffn=num_ffn, capacity_E=capacity_E, drop_policy=drop_policy)
+            by_probability = drop_policy == "probability"
+            assert listed(made) == seats_by_loop(expert_N, probability_N, num_ffn, capacity_E, by_probability)
+
+
+def test_every_order_of_four_probabilities_and_every_number_of_seats() -> None:
+    for probability_N in product((0.1, 0.2, 0.3), repeat=4):
+        for seats in range(6):
+            made = plan([0, 0, 0, 0], probability_N, num_experts=1, num_ffn=1, capacity_E=[seats])
+            assert listed(made) == seats_by_loop([0, 0, 0, 0], probability_N, 1, [seats], True)

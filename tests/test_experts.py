@@ -1,0 +1,223 @@
+"""The experts, against typed-out tensors; the grouped product against a loop over experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import e, log
+
+import pytest
+import torch
+from torch import Tensor
+
+from moepp_ds.experts import Backend, ConstantExperts, FFNExperts, grouped_product, zero_computation_output
+
+
+def tensor(values: object) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def equal(actual: Tensor, expected: object) -> None:
+    torch.testing.assert_close(actual, tensor(expected), rtol=0, atol=1e-14)
+
+
+def whole_numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    """-4..4: few enough and small enough that every sum of products here is exact in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-4, 5, shape, generator=generator).to(device, dtype)
+
+
+# the grouped product
+
+
+def test_consecutive_rows_meet_their_experts_weight() -> None:
+    # Rows 0 and 1 belong to expert 0 (swaps the two), none to expert 1, row 2 to expert 2 (keeps the first, doubled).
+    weight_EXO = tensor([[[0, 1], [1, 0]], [[9, 9], [9, 9]], [[2, 0], [0, 0]]])
+    out_RO = grouped_product(tensor([[1, 2], [3, 4], [5, 6]]), weight_EXO, [2, 0, 1])
+    equal(out_RO, [[2, 1], [4, 3], [10, 0]])
+
+
+def check_against_loop(counts: Sequence[int], dtype: torch.dtype, backend: Backend, device: str = "cpu") -> None:
+    """Values and gradients of whole numbers: exact in any order of summation, then rounded once to `dtype`."""
+    rows_RX = whole_numbers(sum(counts), 8, seed=0, dtype=dtype, device=device).requires_grad_()
+    weight_EXO = whole_numbers(len(counts), 8, 16, seed=1, dtype=dtype, device=device).requires_grad_()
+    grad_RO = whole_numbers(sum(counts), 16, seed=2, dtype=dtype, device=device)
+    out_RO = grouped_product(rows_RX, weight_EXO, counts, backend=backend)
+    out_RO.backward(grad_RO)
+    rows, weights, grads = (t.detach().double() for t in (rows_RX, weight_EXO, grad_RO))
+    expected_RO, expected_rows, expected_weights = [torch.zeros_like(t) for t in (grads, rows, weights)]
+    start = 0
+    for expert, count in enumerate(counts):
+        for r in range(start, start + count):
+            expected_RO[r] = rows[r] @ weights[expert]
+            expected_rows[r] = weights[expert] @ grads[r]
+            expected_weights[expert] += torch.outer(rows[r], grads[r])
+        start += count
+    assert out_RO.dtype == dtype and rows_RX.grad is not None and weight_EXO.grad is not None
+    assert torch.equal(out_RO, expected_RO.to(dtype))
+    assert torch.equal(rows_RX.grad, expected_rows.to(dtype))
+    assert torch.equal(weight_EXO.grad, expected_weights.to(dtype))
+
+
+COUNTS = [(3, 1, 2), (2, 0, 3), (0, 0, 4), (5, 0, 0), (0, 0, 0), (4,), (0,)]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("slices", torch.float64),
+        ("slices", torch.float32),
+        ("slices", torch.bfloat16),
+        ("grouped_mm", torch.float32),
+        ("grouped_mm", torch.bfloat16),
+        ("auto", torch.float64),
+        ("auto", torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_every_backend_is_the_loop(counts: Sequence[int], backend: Backend, dtype: torch.dtype) -> None:
+    # Experts without rows included: their gradient is zero and not missing, also when no expert has any.
+    check_against_loop(counts, dtype, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_backend_that_a_gpu_picks_is_the_loop(counts: Sequence[int], dtype: torch.dtype) -> None:
+    # Memory that held NaN a moment ago is what a kernel gets that leaves the gradient of an idle expert unwritten.
+    for elements in (8 * 16 * len(counts), 8 * sum(counts), 16 * sum(counts)):
+        torch.full((elements,), torch.nan, dtype=dtype, device="cuda")
+    check_against_loop(counts, dtype, "auto", device="cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widths_that_grouped_mm_refuses_are_multiplied_all_the_same(dtype: torch.dtype, device: str) -> None:
+    # Rows of 3 and of 5 numbers are no multiple of 16 bytes.
+    rows_RX, weight_EXO = whole_numbers(4, 3, seed=0, dtype=dtype), whole_numbers(2, 3, 5, seed=1, dtype=dtype)
+    expected_RO = torch.stack([rows_RX[r].float() @ weight_EXO[int(r > 0)].float() for r in range(4)])
+    out_RO = grouped_product(rows_RX.to(device), weight_EXO.to(device), [1, 3])
+    assert torch.equal(out_RO.cpu(), expected_RO.to(dtype))
+
+
+@pytest.mark.parametrize("backend", ["slices", "grouped_mm"])
+def test_counts_that_are_not_for_these_rows_and_experts_are_refused(backend: Backend) -> None:
+    rows_RX, weight_EXO = torch.zeros(5, 8), torch.zeros(3, 8, 8)
+    with pytest.raises(ValueError, match="5 rows for 3 experts, but 3 counts that sum to 4; the dispatch plan is not t"):
+        grouped_product(rows_RX, weight_EXO, [1, 1, 2], backend=backend)
+    # Two counts for three experts would leave the third without a gradient, four would lose rows.
+    with pytest.raises(ValueError, match="5 rows for 3 experts, but 2 counts that sum to 5"):
+        grouped_product(rows_RX, weight_EXO, [2, 3], backend=backend)
+    with pytest.raises(ValueError, match="5 rows for 3 experts, but 4 counts that sum to 5"):
+        grouped_product(rows_RX, weight_EXO, [2, 1, 1, 1], backend=backend)
+
+
+# FFN experts
+
+
+def two_ffn_experts() -> FFNExperts:
+    """D = 2, F = 1. Expert 0 is that of test_reference.py: gate [1, 2], value [3, 4], down [1, -1]."""
+    experts = FFNExperts(2, 2, 1).double()
+    experts.gate_up_EDG.data = tensor([[[1, 3], [2, 4]], [[0, 1], [0, 1]]])  # columns: gate, then value
+    experts.down_EFD.data = tensor([[[1, -1]], [[1, 1]]])
+    return experts
+
+
+def test_ffn_expert_is_swiglu() -> None:
+    # Expert 0, x = [1, 0]: gate 1, silu(1) = e / (e + 1), value 3. Expert 1 has gate 0, and silu(0) = 0.
+    hidden = 3 * e / (e + 1)
+    out_RD = two_ffn_experts()(tensor([[1, 0], [5, 7]]), [1, 1])
+    equal(out_RD, [[hidden, -hidden], [0, 0]])
+    # x = [0, 1] and expert 0: gate 2, silu(2) = 2 e^2 / (e^2 + 1), value 4.
+    hidden = 4 * 2 * e**2 / (e**2 + 1)
+    equal(two_ffn_experts()(tensor([[0, 1]]), [1, 0]), [[hidden, -hidden]])
+
+
+def test_every_ffn_expert_has_a_gradient() -> None:
+    for counts in ([1, 0], [0, 1], [0, 0]):
+        experts = two_ffn_experts()
+        experts(torch.ones(sum(counts), 2, dtype=torch.float64), counts).square().sum().backward()
+        for name, parameter in experts.named_parameters():
+            assert parameter.grad is not None, name
+            for expert, count in enumerate(counts):
+                if count == 0:
+                    assert parameter.grad[expert].abs().max() == 0, name
+    assert torch.autograd.gradcheck(
+        lambda rows, *_: experts(rows, [2, 1]), (torch.rand(3, 2).double().requires_grad_(), *experts.parameters())
+    )
+
+
+# zero-computation experts
+
+
+def two_constants() -> ConstantExperts:
+    """Those of test_reference.py: W_c of the first answers to each feature, that of the second is 0."""
+    constants = ConstantExperts(2, 2).double()
+    constants.selector_J2D.data = tensor([[[log(3), 0], [0, log(4)]], [[0, 0], [0, 0]]])
+    constants.value_JD.data = tensor([[10, 20], [6, 8]])
+    return constants
+
+
+def test_constant_experts_give_a_scale_and_values() -> None:
+    # [1, 0]: scores [log 3, 0] of the first, a = [3/4, 1/4]; the second mixes halves. Gates 0.4 and 0.2:
+    #   scale 0.4 * 3/4 + 0.2 * 1/2 = 0.4; values 0.4 * 1/4 [10, 20] + 0.2 * 1/2 [6, 8] = [1.6, 2.8].
+    # [0, 1]: scores [0, log 4], a = [1/5, 4/5]. Gates 0.5 and 0 (not chosen): scale 0.1; values 0.4 [10, 20].
+    # A token without any constant expert gets nothing from them.
+    gate_TJ = tensor([[0.4, 0.2], [0.5, 0], [0, 0]])
+    scale_T, value_TD = two_constants()(tensor([[1, 0], [0, 1], [3, 3]]), gate_TJ)
+    equal(scale_T, [0.4, 0.1, 0])
+    equal(value_TD, [[1.6, 2.8], [4, 8], [0, 0]])
+
+
+def test_constant_expert_is_equation_5() -> None:
+    # Gate 1: a1 x + a2 v = 3/4 [1, 0] + 1/4 [10, 20].
+    out_TD = zero_computation_output(
+        tensor([[1, 0]]), copy_gate_T=tensor([0]), constant_gate_TJ=tensor([[1, 0]]), constants=two_constants()
+    )
+    equal(out_TD, [[3.25, 5]])
+
+
+def test_copy_and_constant_experts_share_one_scale() -> None:
+    # Copy gate 0.1 on top of the first case above: (0.1 + 0.4) [1, 0] + [1.6, 2.8].
+    out_TD = zero_computation_output(
+        tensor([[1, 0]]), copy_gate_T=tensor([0.1]), constant_gate_TJ=tensor([[0.4, 0.2]]), constants=two_constants()
+    )
+    equal(out_TD, [[2.1, 2.8]])
+
+
+def test_without_constant_experts_there_is_the_scale_alone() -> None:
+    x_TD = tensor([[2, -4], [1, 1]])
+    out_TD = zero_computation_output(
+        x_TD, copy_gate_T=tensor([0.25, 0]), constant_gate_TJ=torch.zeros(2, 0).double(), constants=None
+    )
+    equal(out_TD, [[0.5, -1], [0, 0]])
+
+
+def test_gates_stay_fp32_and_the_output_takes_the_dtype_of_x() -> None:
+    # A copy gate of 1 + 1/512 on x = 1 in bf16: the scale is applied in fp32 and the sum is rounded once. With the
+    # value (gate 1, a2 = 1/2, v = 1/128 - 1/512 ...) left out, 1 + 1/512 + 1/2 rounds to 1.5 in bf16.
+    constants = ConstantExperts(1, 1)
+    constants.selector_J2D.data, constants.value_JD.data = torch.zeros(1, 2, 1), torch.zeros(1, 1)
+    constants.to(torch.bfloat16)
+    gate_TJ = torch.ones(1, 1, requires_grad=True)
+    out_TD = zero_computation_output(
+        torch.ones(1, 1, dtype=torch.bfloat16),
+        copy_gate_T=torch.tensor([1 + 1 / 512]),
+        constant_gate_TJ=gate_TJ,
+        constants=constants,
+    )
+    assert out_TD.dtype == torch.bfloat16 and out_TD.item() == 1.5
+    out_TD.sum().backward()
+    assert gate_TJ.grad is not None and gate_TJ.grad.dtype == torch.float32
+    assert constants.value_JD.grad is not None and constants.value_JD.grad.dtype == torch.bfloat16
+
+
+def test_an_unused_constant_expert_has_a_zero_gradient() -> None:
+    constants = two_constants()
+    x_TD = tensor([[1, 0], [0, 1]])
+    zero_computation_output(
+        x_TD, copy_gate_T=tensor([1, 1]), constant_gate_TJ=tensor([[1, 0], [0, 0]]), constants=constants
+    ).sum().backward()
+    for parameter in constants.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad[0].abs().max() > 0 and parameter.grad[1].abs().max() == 0

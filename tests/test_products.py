@@ -1,0 +1,75 @@
+"""Matrix products that are widened on processors without bf16 units: the same numbers, the same dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moepp_ds import products
+from moepp_ds.products import linear, product_dtype
+
+
+@pytest.fixture(params=[False, True], ids=["widened", "native"])
+def multiplies_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both kinds of processor on any processor: the answer about bf16 units chooses the path and nothing else."""
+    monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: request.param)
+    return bool(request.param)
+
+
+def whole_numbers(*shape: int, seed: int) -> Tensor:
+    """-8..8 in bf16, where they are exact, and so are fp32 sums of their products: rounding happens once, at the end."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 9, shape, generator=generator).to(torch.bfloat16)
+
+
+def test_bf16_is_widened_only_where_a_processor_lacks_it(multiplies_bf16: bool) -> None:
+    assert product_dtype(torch.zeros(1, dtype=torch.bfloat16)) == (torch.bfloat16 if multiplies_bf16 else torch.float32)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert product_dtype(torch.zeros(1, dtype=dtype)) == dtype
+
+
+def test_this_processor_answers() -> None:
+    assert product_dtype(torch.zeros(1, dtype=torch.bfloat16)) in (torch.bfloat16, torch.float32)
+
+
+def test_bf16_accumulates_in_fp32(multiplies_bf16: bool) -> None:
+    # bf16 holds 8 bits: beside 256 its next number is 258, so a bf16 sum 256 + 1 + 1 + ... would stay at 256.
+    x_TD = torch.tensor([[256.0] + [1.0] * 8], dtype=torch.bfloat16)
+    assert linear(x_TD, torch.ones(1, 9, dtype=torch.bfloat16)).tolist() == [[264.0]]
+
+
+def test_bf16_product_is_the_fp64_product_rounded_once(multiplies_bf16: bool) -> None:
+    x_BTD, weight_OD = whole_numbers(2, 5, 64, seed=0), whole_numbers(7, 64, seed=1)
+    out_BTO = linear(x_BTD, weight_OD)
+    assert out_BTO.dtype == torch.bfloat16 and out_BTO.shape == (2, 5, 7)
+    exact_BTO = torch.einsum("btd,od->bto", x_BTD.double(), weight_OD.double())
+    assert (exact_BTO.abs() > 256).any()  # some need rounding, else the test would show nothing
+    assert torch.equal(out_BTO, exact_BTO.to(torch.bfloat16))
+
+
+def test_bf16_gradients_are_those_of_fp64_rounded_once(multiplies_bf16: bool) -> None:
+    x_TD, weight_OD = whole_numbers(40, 48, seed=2).requires_grad_(), whole_numbers(24, 48, seed=3).requires_grad_()
+    grad_TO = whole_numbers(40, 24, seed=4)
+    linear(x_TD, weight_OD).backward(grad_TO)
+    assert x_TD.grad is not None and weight_OD.grad is not None
+    assert x_TD.grad.dtype == weight_OD.grad.dtype == torch.bfloat16
+    assert torch.equal(x_TD.grad, (grad_TO.double() @ weight_OD.detach().double()).to(torch.bfloat16))
+    assert torch.equal(weight_OD.grad, (grad_TO.double().t() @ x_TD.detach().double()).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_dtypes_are_untouched(dtype: torch.dtype, multiplies_bf16: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x_TD = torch.randn(6, 16, generator=generator, dtype=dtype)
+    weight_OD = torch.randn(3, 16, generator=generator, dtype=dtype)
+    out_TO = linear(x_TD, weight_OD)
+    assert out_TO.dtype == dtype
+    assert torch.equal(out_TO, torch.nn.functional.linear(x_TD, weight_OD))
+
+
+def test_the_dtype_of_x_decides() -> None:
+    # A bf16 weight under an fp32 hidden state. The bf16 number after 1 is 1 + 1/128: 1/512 would vanish.
+    x_TD, weight_OD = torch.tensor([[1.0, 1 / 512]]), torch.ones(1, 2, dtype=torch.bfloat16)
+    out_TO = linear(x_TD, weight_OD)
+    assert out_TO.dtype == torch.float32 and out_TO.item() == 1 + 1 / 512

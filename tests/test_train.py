@@ -1,0 +1,191 @@
+"""The training program under the real launcher: layouts agree, resume is exact, signals and errors end it cleanly.
+
+The run is the golden one: 20 updates of a small MoE++ model on committed shards, fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed
+from conftest import ROOT, LaunchDeepspeed, find_free_port, kill_group
+from runs import GOLDEN_RECIPE, metrics, status, untimed
+
+from moepp_ds.train import main
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+
+LAYOUTS = ((1, 1), (2, 1), (2, 2), (4, 2))
+
+
+def sets(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def train(launch: LaunchDeepspeed, run: Path, *settings: str, world: int = 2, ep: int = 2, resume: str = "none") -> str:
+    arguments = [GOLDEN_RECIPE, "--run-dir", str(run), "--resume", resume]
+    done = launch(world, "moepp_ds.train", [*arguments, *sets(f"parallel.expert_parallel={ep}", *settings)])
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def test_golden_losses(launch_deepspeed: LaunchDeepspeed, tmp_path: Path) -> None:
+    """World 2, EP 2 gives the committed losses to 1e-4 on any machine, and the same digits twice on this one."""
+    train(launch_deepspeed, tmp_path / "a")
+    train(launch_deepspeed, tmp_path / "b")
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+    golden = json.loads((ROOT / "tests/golden/losses.json").read_text())
+    for key in ("loss", "lm_loss", "balance_loss", "grad_norm"):
+        assert [record[key] for record in metrics(tmp_path / "a")] == pytest.approx(golden[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("dropless", ["true", "false"])
+def test_layouts_agree(launch_deepspeed: LaunchDeepspeed, tmp_path: Path, dropless: str) -> None:
+    """Losses and gradient norms over 20 updates do not depend on ranks or expert parallelism (contract 7)."""
+    for world, ep in LAYOUTS:
+        setting = f"model.moe.dropless={dropless}"
+        train(launch_deepspeed, tmp_path / f"{world}-{ep}", setting, world=world, ep=ep)
+    alone = metrics(tmp_path / "1-1")
+    assert len(alone) == 20
+    dropped = max(layer["dropped"] for record in alone for layer in record["layers"])
+    assert (dropped == 0) == (dropless == "true")
+    for world, ep in LAYOUTS[1:]:
+        spread = metrics(tmp_path / f"{world}-{ep}")
+        for key in ("loss", "lm_loss", "balance_loss", "grad_norm"):
+            expected = pytest.approx([record[key] for record in alone], rel=1e-4)
+            assert [record[key] for record in spread] == expected, (world, ep, key)
+
+
+def test_resume_after_sigkill_is_exact(launch_deepspeed: LaunchDeepspeed, tmp_path: Path) -> None:
+    """Killed at a random update and resumed, the run's record is that of one never stopped, digit for digit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(launch_deepspeed, whole, "checkpoint.every=3")
+    step = random.randrange(1, 17)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
+    command += ["--master_port", str(find_free_port()), "--module", "moepp_ds.train", GOLDEN_RECIPE]
+    command += ["--run-dir", str(cut), *sets("parallel.expert_parallel=2", "checkpoint.every=3")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        try:
+            while _lines(cut / "metrics.jsonl") < step and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+        finally:
+            kill_group(process.pid)
+            process.wait()
+    done = _lines(cut / "metrics.jsonl")
+    assert step <= done, (tmp_path / "log").read_text()[-3000:]
+    output = train(launch_deepspeed, cut, "checkpoint.every=3", resume="auto")
+    print(f"killed after update {done} of 20")
+    assert ("resumed from" in output) == (done > 3 or (cut / "checkpoints/step-00000003").exists())
+    assert untimed(cut) == untimed(whole)
+    assert status(cut) == {"state": "completed", "step": 20, "message": ""}
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_stop_signal_saves_on_all_ranks(tmp_path: Path) -> None:
+    """SIGTERM through launch/train.sh: both ranks stop after the same update, saved, and the run can be completed."""
+    run, whole = tmp_path / "run", 20
+    command = ["bash", "launch/train.sh", "--num_gpus", "2", GOLDEN_RECIPE, "--run-dir", str(run)]
+    command += sets("parallel.expert_parallel=2", "checkpoint.every=1000", f"train.max_steps={whole}")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while _lines(run / "metrics.jsonl") < 2 and process.poll() is None:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(120)
+        finally:
+            kill_group(process.pid)
+            process.wait()
+    said = (tmp_path / "log").read_text()
+    assert code == 75, said[-3000:]
+    assert status(run)["state"] == "stopped"
+    step = status(run)["step"]
+    assert 2 <= step < whole
+    assert (run / "checkpoints/latest").read_text() == f"step-{step:08d}\n"
+    assert _lines(run / "metrics.jsonl") == step
+
+
+def test_plain_python_and_torchrun_are_one_program(tmp_path: Path) -> None:
+    """World 1 without a launcher and under torchrun: the same digits, and a complete run folder."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    starters = {
+        "plain": ["-m", "moepp_ds.train"],
+        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "moepp_ds.train"],
+    }
+    for name, starter in starters.items():
+        command = [sys.executable, *starter, GOLDEN_RECIPE, "--run-dir", str(tmp_path / name)]
+        done = subprocess.run(
+            command + sets("train.max_steps=4"), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert untimed(tmp_path / "plain") == untimed(tmp_path / "torchrun")
+    names = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert names == {
+        "recipe.yaml", "ds_config.json", "metrics.jsonl", "tensorboard", "checkpoints", "log.txt", "status.json",
+    }  # fmt: skip
+    given = json.loads((tmp_path / "plain/ds_config.json").read_text())
+    assert given["zero_optimization"]["stage"] == 2 and given["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_that_is_no_number_stops_before_the_update(
+    launch_deepspeed: LaunchDeepspeed, tmp_path: Path, precision: str
+) -> None:
+    """With an absurd learning rate the run names update, ranks and rows, and does not save what it spoiled."""
+    arguments = [GOLDEN_RECIPE, "--run-dir", str(tmp_path / "run")]
+    settings = ["parallel.expert_parallel=2", "train.max_lr=1e30", "train.warmup_steps=0", f"train.precision={precision}"]
+    done = launch_deepspeed(2, "moepp_ds.train", arguments + sets(*settings))
+    assert done.returncode != 0
+    assert "is not finite" in done.stdout and "the weights were not changed" in done.stdout
+    assert "rank 0 rows" in done.stdout and "rank 1 rows" in done.stdout
+    assert status(tmp_path / "run")["state"] == "failed"
+    assert not (tmp_path / "run/checkpoints/latest").exists()
+
+
+@pytest.fixture
+def own_process() -> Iterator[None]:
+    """Undo what the program does to its process: signal handlers and the process group."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    environment = dict(os.environ)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("own_process")
+def test_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a user gets wrong before the engine is built ends with exit code 1 and a sentence."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("")
+    assert main([GOLDEN_RECIPE, "--run-dir", str(run)]) == 1
+    assert "already holds a run; continue it with --resume auto" in capsys.readouterr().err
+    assert main([GOLDEN_RECIPE, *sets("model.vocab_size=256"), "--run-dir", str(tmp_path / "new")]) == 1
+    said = capsys.readouterr().err
+    assert "hold token ids up to 511" in said and "model.vocab_size is 256; set it to 512 or more" in said
+    assert main([GOLDEN_RECIPE, "--run-dir", str(tmp_path / "new"), "--resume", str(tmp_path)]) == 1
+    assert "is no checkpoint: it holds no index.json" in capsys.readouterr().err
+    assert main([GOLDEN_RECIPE, *sets("parallel.expert_parallel=4"), "--run-dir", str(tmp_path / "new")]) == 1
+    assert "does not divide the world of 1 ranks" in capsys.readouterr().err
+    assert main([GOLDEN_RECIPE, *sets("data.pathh=x")]) == 1
+    assert "data.path" in capsys.readouterr().err
