@@ -47,6 +47,11 @@ _MIXTURE_HELP = 'Preset (strategy_1, strategy_2) or weights as JSON, such as \'{
 _Workers = Annotated[int, typer.Option(min=1, help="Processes; each takes one file at a time.")]
 
 
+def _console() -> Console:
+    """Standard output; in a file or a pipe lines are not broken at the 80 columns rich would assume."""
+    return Console() if Console().is_terminal else Console(width=200)
+
+
 def _corpora(redpajama: Path | None, dolma: Path | None, pile: Path | None) -> dict[str, Path]:
     given = {"redpajama": redpajama, "dolma": dolma, "pile": pile}
     return {name: path for name, path in given.items() if path is not None}
@@ -123,10 +128,10 @@ def describe(
     token_budget: Annotated[Optional[int], typer.Option(help="Tokens of a run, to tell epochs.")] = None,
 ) -> None:
     """Print what a set holds and how a mixture draws on it."""
-    console = Console()
-    console.print(describe_set(out), soft_wrap=True)
+    console = _console()
+    console.print(describe_set(out))
     if mixture is not None:
-        console.print(describe_mixture(out, _mixture(mixture), token_budget=token_budget), soft_wrap=True)
+        console.print(describe_mixture(out, _mixture(mixture), token_budget=token_budget))
 
 
 @app.command()
@@ -192,7 +197,7 @@ def show(
 ) -> None:
     """Print rows of the training stream as text, with their sources and the ends of documents."""
     config = DataConfig(path=str(out), mixture=_mixture(mixture), seq_len=seq_len, seed=seed)
-    console = Console()
+    console = _console()
     for text in show_rows(config, row, rows):
         console.print(text, soft_wrap=True)
 

@@ -87,14 +87,7 @@ def build_set(
     be used, for a folder that another build is writing to, and for settings other than the folder's.
     """
     watcher = watcher or Watcher()
-    if not corpora:
-        raise DataError("nothing to build: name at least one corpus folder (--redpajama, --dolma or --pile)")
-    if workers < 1 or part_tokens < 1 or not 0 <= max_bad_share <= 1:
-        raise DataError(
-            f"workers {workers} and part_tokens {part_tokens} must be at least 1, max_bad_share"
-            f" {max_bad_share} in [0, 1]"
-        )
-    HeldOutRule(held_out)
+    _check_arguments(corpora, held_out, workers, max_bad_share, part_tokens)
     raw = [(name, file) for name, path in corpora.items() for file in reader_for(name).find_files(path)]
     tokenizer = load_tokenizer(tokenizer_file, eos)
     root.mkdir(parents=True, exist_ok=True)
@@ -116,6 +109,19 @@ def build_set(
         manifest = Manifest(settings=settings, files=sorted(files, key=lambda file: file.key))
         write_manifest(root, manifest)
     return BuildReport(manifest=manifest, built=len(todo), kept=kept)
+
+
+def _check_arguments(
+    corpora: Mapping[str, Path], held_out: float, workers: int, max_bad_share: float, part_tokens: int
+) -> None:
+    if not corpora:
+        raise DataError("nothing to build: name at least one corpus folder (--redpajama, --dolma or --pile)")
+    if workers < 1 or part_tokens < 1 or not 0 <= max_bad_share <= 1:
+        raise DataError(
+            f"workers {workers} and part_tokens {part_tokens} must be at least 1, max_bad_share"
+            f" {max_bad_share} in [0, 1]"
+        )
+    HeldOutRule(held_out)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class Verified:
 
 
 def verify_set(root: Path, on_shard: Callable[[int], None] = lambda size: None) -> Verified:
-    """Read the whole set at `root`; `on_shard(bytes)` is called after each shard.
+    """Read the whole set at `root`; `on_shard(bytes)` is called after each sound shard.
 
     Checked: the tokenizer beside the shards is the one they were made with; every shard the manifest lists is
     there, of that tokenizer, with the counts listed; `Shard.verify` of each. Raises DataError when the
@@ -51,9 +51,9 @@ def verify_set(root: Path, on_shard: Callable[[int], None] = lambda size: None) 
                 _verify_shard(root, file, split)
             except DataError as error:
                 problems.append(str(error))
-            else:
-                shards, tokens, size = shards + 1, tokens + header.tokens, size + header.file_bytes
-            on_shard(header.file_bytes if header else 0)
+                continue
+            shards, tokens, size = shards + 1, tokens + header.tokens, size + header.file_bytes
+            on_shard(header.file_bytes)
     return Verified(shards, tokens, size, problems)
 
 

@@ -32,8 +32,8 @@ def run_jobs(
 
     `report(message)` inside a job calls `on_progress(job, message)` here. With one worker (or one job)
     everything runs in this process. `work`, jobs, messages and results must be picklable otherwise. Raises
-    the DataError of a job that failed, and a RuntimeError with the worker's traceback for any other
-    exception.
+    the DataError or OSError of a job that failed; any other exception of a worker comes as a RuntimeError
+    with its traceback.
     """
     if workers == 1 or len(jobs) < 2:
         for job in jobs:

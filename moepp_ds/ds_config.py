@@ -35,6 +35,7 @@ from types import MappingProxyType
 from typing import Any
 
 from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import CSVConfig, WandbConfig
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 from deepspeed.runtime.precision_config import DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -51,6 +52,8 @@ ACCEPTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "communication_data_type",
             "fp16",
             "comms_logger",
+            "csv_monitor",
+            "wandb",
             "memory_breakdown",
             "wall_clock_breakdown",
         ),
@@ -78,6 +81,8 @@ ACCEPTED: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "min_loss_scale",
         ),
         "comms_logger": ("enabled", "prof_all", "prof_ops", "verbose", "debug"),
+        "csv_monitor": ("enabled", "output_path", "job_name"),
+        "wandb": ("enabled", "group", "team", "project"),
     }
 )
 """Keys that a JSON may hold, by section ("" is the top). DeepSpeed has many more: those that this project
@@ -227,6 +232,8 @@ def _check_values(config: Mapping[str, Any], file: Path) -> None:
         "zero_optimization": DeepSpeedZeroConfig,
         "fp16": DeepSpeedFP16Config,
         "comms_logger": CommsLoggerConfig,
+        "csv_monitor": CSVConfig,
+        "wandb": WandbConfig,
     }
     for section, model in models.items():
         try:

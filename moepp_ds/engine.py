@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from moepp_ds.config import Recipe
+from moepp_ds.config import Recipe, RecipeError
 from moepp_ds.ds_config import deepspeed_config
 from moepp_ds.expert_parallel import ExpertParallelMoE, parameter_groups
 from moepp_ds.model import MoEPlusPlusModel, initialize
@@ -70,6 +70,8 @@ def build_engine(recipe: Recipe, ranks: Ranks, *, eos_id: int) -> tuple[Any, dic
     eos_id: the token that ends a document in the shards.
     """
     config = deepspeed_config(recipe, world=ranks.world)
+    if recipe.train.precision == "fp16" and ranks.device.type == "cpu":
+        raise RecipeError("train.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     model = MoEPlusPlusModel(
         recipe.model,
         eos_id=eos_id,

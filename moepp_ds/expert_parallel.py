@@ -205,11 +205,8 @@ def check_partition(optimizer_groups: Sequence[Mapping[str, Any]], model: nn.Mod
     A parameter outside of them would silently keep its initial value; one held twice would be updated twice.
     """
     held = Counter(id(parameter) for group in optimizer_groups for parameter in group["params"])
-    wrong = [
-        f"{name} is in {held[id(parameter)]} groups"
-        for name, parameter in model.named_parameters()
-        if held.pop(id(parameter), 0) != 1
-    ]
+    times = {name: held.pop(id(parameter), 0) for name, parameter in model.named_parameters()}
+    wrong = [f"{name} is in {count} groups" for name, count in times.items() if count != 1]
     if held:
         wrong.append(f"{len(held)} others are no parameters of the model")
     if wrong:

@@ -55,7 +55,7 @@ def scalars(record: Mapping[str, Any]) -> list[tuple[str, float]]:
         elif isinstance(value, list):
             for number, inner in enumerate(value):
                 walk(f"{name}/{number:02d}", inner)
-        else:
+        elif value is not None:
             flat.append((name, float(value)))
 
     for key, value in record.items():
@@ -75,10 +75,14 @@ class RunFolder:
     status.json      state (running, completed, stopped, failed), step, message: what a supervisor reads
     """
 
-    def __init__(self, path: Path, *, tensorboard: bool, resumed_step: int) -> None:
-        """Open the folder of a run that has done `resumed_step` updates; later metrics are dropped."""
+    def __init__(self, path: Path, *, tensorboard: bool, resumed_step: int, others: Any = None) -> None:
+        """Open the folder of a run that has done `resumed_step` updates; later metrics are dropped.
+
+        others: DeepSpeed's monitor, for what else the DeepSpeed JSON turns on (csv_monitor, wandb).
+        """
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._others = others if others is not None and others.enabled else None
         self._log: TextIO = (path / "log.txt").open("a", encoding="utf-8")
         _keep_until(path / "metrics.jsonl", resumed_step)
         self._metrics: TextIO = (path / "metrics.jsonl").open("a", encoding="utf-8")
@@ -99,10 +103,14 @@ class RunFolder:
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Append one update's metrics and its curves; both survive the death of this process from here on."""
         print(json.dumps(metrics), file=self._metrics, flush=True)
+        step = metrics["step"]
+        named = scalars({key: value for key, value in metrics.items() if key != "step"})
         if self._curves is not None:
-            for name, value in scalars({key: value for key, value in metrics.items() if key != "step"}):
-                self._curves.add_scalar(name, value, metrics["step"])
+            for name, value in named:
+                self._curves.add_scalar(name, value, step)
             self._curves.flush()
+        if self._others is not None:
+            self._others.write_events([(name, value, step) for name, value in named])
 
     def set_status(self, state: str, *, step: int, message: str = "") -> None:
         """Replace status.json."""
@@ -136,9 +144,10 @@ def progress_line(metrics: Mapping[str, Any], *, total_steps: int, seconds_left:
     """One line for one update."""
     layers = metrics["layers"]
     ffn = sum(layer["ffn_experts_per_token"] for layer in layers) / len(layers)
+    norm = "skipped" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3f}"
     return (
         f"step {metrics['step']:>{len(str(total_steps))}}/{total_steps}  loss {metrics['loss']:.4f}  "
-        f"lm {metrics['lm_loss']:.4f}  grad {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  "
+        f"lm {metrics['lm_loss']:.4f}  grad {norm}  lr {metrics['lr']:.2e}  "
         f"{metrics['tokens_per_s']:,.0f} tokens/s  {ffn:.2f} FFN experts/token  "
         f"ETA {timedelta(seconds=round(seconds_left))}"
     )

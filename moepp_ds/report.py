@@ -87,12 +87,9 @@ def print_report(report: RunReport, console: Console) -> None:
         numbers = (source.loss, source.bits_per_byte, source.bigram, source.unigram)
         table.add_row(name, *(f"{number:.3f}" for number in numbers))
     console.print(table)
-    beaten = [model for model in ("bigram", "unigram") if report.beats(model)]
-    console.print(
-        f"every source's loss is below that of a {' and a '.join(beaten)} model of the training tokens (add-one smoothing)"
-        if beaten
-        else "not every source's loss is below that of a unigram model of the training tokens (add-one smoothing)"
-    )
+    beaten = " and a ".join(model for model in ("bigram", "unigram") if report.beats(model))
+    verdict = f"every source's loss is below that of a {beaten}" if beaten else "not every source's is below a unigram"
+    console.print(f"{verdict} model of the training tokens (add-one smoothing)")
     console.print(
         f"training loss {report.first_loss:.3f} at update 1, {report.last_loss:.3f} at the end "
         f"({report.steps} updates): {report.fall:.0%} lower"

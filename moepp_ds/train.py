@@ -15,9 +15,11 @@ The same module starts under `torchrun` and, as one rank, under plain `python -m
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -82,7 +84,9 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
     dist.barrier()  # every rank has read the run folder before the first one writes to it
     folder = None
     if ranks.is_first:
-        folder = RunFolder(path, tensorboard=recipe.monitor.tensorboard, resumed_step=progress.step)
+        folder = RunFolder(
+            path, tensorboard=recipe.monitor.tensorboard, resumed_step=progress.step, others=engine.monitor
+        )
         folder.describe(recipe=recipe.dump(), ds_config=ds_config)
     run = Run(recipe, ranks, engine, stream, held_out, path, folder)
     try:
@@ -152,7 +156,7 @@ def _record(
         "loss": result.loss,
         "lm_loss": result.lm_loss,
         "balance_loss": result.balance_loss,
-        "grad_norm": result.grad_norm,
+        "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,  # JSON has no infinity
         "lr": recipe.learning_rate(step - 1),
         "tokens_per_s": tokens / seconds,
         "layers": layer_metrics(
@@ -236,9 +240,8 @@ def _check_same_model(recipe: Recipe, index: Mapping[str, Any]) -> None:
         if stored[section].get(key) != asked[section][key]
     ]
     if differences:
-        raise RecipeError(
-            "\n".join(["the checkpoint is of another run; restore these in the recipe, or start a new run:", *differences])
-        )
+        said = "the checkpoint is of another run; restore these in the recipe, or start a new run:"
+        raise RecipeError("\n".join([said, *differences]))
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -255,6 +258,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; 0 when the run completed or stopped cleanly (status.json says which), 1 on an error."""
     stop = StopSignal()
+    # DeepSpeed's call, on every rank at every start; nothing a user could do about it
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
     options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     try:
         recipe = load_recipe(options.recipe, options.set)

@@ -52,14 +52,18 @@ def update(engine: Any, batches: Sequence[Batch], ranks: Ranks, *, rate: float, 
         output = engine(torch.from_numpy(batch.tokens_BS).to(ranks.device, non_blocking=True))
         engine.backward(output.loss)
         outputs.append(output)
-    loss_M = torch.stack([output.loss.detach() for output in outputs])
     sums, counts_2LE = _sum_over_ranks(outputs, ranks, stop=stop)
     loss, lm_loss, balance_loss = (value / (len(batches) * ranks.world) for value in sums[:3])
+    number = engine.global_steps + 1
     if not math.isfinite(loss):
-        raise NonFiniteError(_describe_losses(loss_M, batches, ranks, number=engine.global_steps + 1))
+        bad_M = ~torch.stack([output.loss.detach() for output in outputs]).isfinite()
+        raise NonFiniteError(f"loss of update {number} is not finite: " + _name_rows(bad_M, batches, ranks))
     engine.step()
     if engine.optimizer.overflow and not engine.fp16_enabled():
-        raise NonFiniteError(_describe_gradient(batches, ranks, number=engine.global_steps))
+        bad_M = torch.stack([_has_bad_gradient(engine.module, batch, ranks) for batch in batches])
+        raise NonFiniteError(
+            f"gradient of update {number} is not finite although every loss is: " + _name_rows(bad_M, batches, ranks)
+        )
     return UpdateResult(
         loss=loss,
         lm_loss=lm_loss,
@@ -85,10 +89,22 @@ def _sum_over_ranks(outputs: Sequence[ModelOutput], ranks: Ranks, *, stop: bool)
     return packed[:4].tolist(), packed[4:].view_as(counts_2LE).long()
 
 
-def _describe_losses(loss_M: Tensor, batches: Sequence[Batch], ranks: Ranks, *, number: int) -> str:
-    """Name the ranks and rows whose loss is not finite. Collective."""
+def _has_bad_gradient(model: torch.nn.Module, batch: Batch, ranks: Ranks) -> Tensor:
+    """Whether this micro batch, alone, gives a gradient that is not finite: a bool scalar. Collective.
+
+    Works the gradient out anew, past DeepSpeed, on weights that the skipped update left as they were. Gradients of FFN
+    experts are left out: they also hold what the tokens of other ranks contributed.
+    """
+    replicated = [parameter for parameter in model.parameters() if getattr(parameter, "allreduce", True)]
+    output: ModelOutput = model(torch.from_numpy(batch.tokens_BS).to(ranks.device))
+    gradients = torch.autograd.grad(output.loss, replicated)
+    return torch.stack([~gradient.isfinite().all() for gradient in gradients]).any()
+
+
+def _name_rows(bad_M: Tensor, batches: Sequence[Batch], ranks: Ranks) -> str:
+    """The ranks and rows of the micro batches marked bad on any rank, and what to do. Collective."""
     starts_M = torch.tensor([batch.row_start for batch in batches], device=ranks.device)
-    mine_M = torch.where(torch.isfinite(loss_M), -1, starts_M)
+    mine_M = starts_M.where(bad_M, -1)
     everyone = [torch.empty_like(mine_M) for _ in range(ranks.world)]
     dist.all_gather(everyone, mine_M)
     rows = len(batches[0].tokens_BS)
@@ -99,14 +115,6 @@ def _describe_losses(loss_M: Tensor, batches: Sequence[Batch], ranks: Ranks, *, 
         if start >= 0
     ]
     return (
-        f"loss of update {number} is not finite: {', '.join(places)}; the weights were not changed. Look at the rows "
-        "with `moepp-data show`, lower train.max_lr, or resume from an earlier checkpoint"
-    )
-
-
-def _describe_gradient(batches: Sequence[Batch], ranks: Ranks, *, number: int) -> str:
-    first, last = batches[0].row_start, batches[-1].row_start + len(batches[-1].tokens_BS) - 1
-    return (
-        f"gradient norm of update {number} is not finite although every loss is; the weights were not changed. "
-        f"Rank {ranks.rank} had rows {first} to {last}. Lower train.max_lr, or resume from an earlier checkpoint"
+        f"{', '.join(places) or 'an FFN expert, or the sum over ranks'}; the weights were not changed. Look at the "
+        "rows with `moepp-data show`, lower train.max_lr, or resume from an earlier checkpoint"
     )

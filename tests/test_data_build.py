@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -18,10 +19,11 @@ from pathlib import Path
 import pytest
 from raw_corpora import EOS, ids_of, lines_of, text_of, write_corpora, write_raw, write_tokenizer
 
-from data_pipeline.build import BuildReport, build_set
+from data_pipeline.build import BuildReport, Watcher, build_set
 from data_pipeline.document import DataError
+from data_pipeline.file_build import FileJob
 from data_pipeline.held_out import HeldOutRule
-from data_pipeline.manifest import SplitRecord, read_manifest, shard_path
+from data_pipeline.manifest import FileRecord, SplitRecord, read_manifest, shard_path
 from data_pipeline.shards import Shard
 
 
@@ -63,7 +65,7 @@ def test_shards_hold_what_the_raw_files_hold(tmp_path: Path, raw: dict[str, Path
     for split, held in (("train", False), ("held_out", True)):
         mine = [text for text in texts if is_held_out(text, 0.1) == held]
         assert mine
-        shard = Shard(shard_path(tmp_path / "out", "dolma/wiki/wiki-0.json.gz", split))  # type: ignore[arg-type]
+        shard = Shard(tmp_path / f"out/shards/dolma/wiki/wiki-0.json.gz.{split}")
         assert shard.tokens.tolist() == [token for text in mine for token in [*ids_of(text), EOS]]
         assert shard.header.text_bytes == sum(len(text.encode()) for text in mine)
         shard.verify()
@@ -273,6 +275,27 @@ def test_other_settings_are_refused(tmp_path: Path, raw: dict[str, Path], tokeni
     (out / "settings.json").write_text("{}")
     with pytest.raises(DataError, match="settings.json is damaged"):
         build(out, tmp_path / "renamed.json", raw)
+
+
+class FullDisk(Watcher):
+    """Runs out of space when the second file is complete."""
+
+    def __init__(self) -> None:
+        self.files = 0
+
+    def end_file(self, job: FileJob, record: FileRecord) -> None:
+        self.files += 1
+        if self.files == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    out = tmp_path / "out"
+    message = f"no space is left for {out}; finished files are kept: make room and run the same command again"
+    with pytest.raises(DataError, match=re.escape(message)):
+        build(out, tokenizer, raw, watcher=FullDisk())
+    assert not (out / "manifest.json").exists()
+    assert build(out, tokenizer, raw).kept == 2
 
 
 def test_arguments_that_make_no_sense(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:

@@ -175,8 +175,9 @@ def test_far_rows_need_no_walk() -> None:
     flat = [[token for part in file for token in part] for file in files.values()]
     tokens = [token for f, o, n in rows.pieces(int(number[0])) for token in flat[f][o : o + n]]
     epoch, at = divmod(int(number[0]) * 3, stream.tokens)
-    order = {"source": "made", "seed": 1, "interleave": 2}
-    both = oracle_epoch(files, epoch=epoch, **order) + oracle_epoch(files, epoch=epoch + 1, **order)  # type: ignore
+    both: list[int] = []
+    for number_of_epoch in (epoch, epoch + 1):
+        both += oracle_epoch(files, source="made", seed=1, epoch=number_of_epoch, interleave=2)
     assert tokens == both[at : at + 4]
 
 

@@ -31,7 +31,8 @@ def plan(
 
 
 def listed(made: DispatchPlan) -> dict[str, object]:
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in vars(made).items()}
+    fields = vars(made).items()
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in fields}
 
 
 def test_dropless_keeps_all_and_sorts_the_ffn_assignments() -> None:
@@ -56,7 +57,8 @@ PROBABILITY_N = [0.3, 0.6, 0.9, 0.5, 0.6, 0.1, 0.2]
 
 
 def test_a_full_expert_keeps_the_most_probable() -> None:
-    # Expert 0 has 2 seats for 0.3, 0.6, 0.5, 0.6: the two 0.6 (assignments 1 and 4). Expert 1 has 1 for 0.9, 0.1.
+    # Expert 0 has 2 seats for 0.3, 0.6, 0.5, 0.6: the two 0.6 (assignments 1 and 4). Expert 1 has 1 for 0.9,
+    # 0.1.
     made = plan(EXPERT_N, PROBABILITY_N, capacity_E=[2, 1, 5])
     assert listed(made) == {
         "wanted_E": [4, 2, 1],
@@ -106,7 +108,11 @@ def test_no_gradient_passes() -> None:
 
 
 def seats_by_loop(
-    expert_N: Sequence[int], probability_N: Sequence[float], num_ffn: int, capacity_E: Sequence[int], by_probability: bool
+    expert_N: Sequence[int],
+    probability_N: Sequence[float],
+    num_ffn: int,
+    capacity_E: Sequence[int],
+    by_probability: bool,
 ) -> dict[str, object]:
     """The plan by definition: expert by expert, a sorted queue is cut at the number of seats."""
     wanted, kept, order, kept_n = [], [], [], [False] * len(expert_N)
@@ -130,14 +136,16 @@ def seats_by_loop(
 
 @pytest.mark.parametrize("drop_policy", ["probability", "position"])
 def test_every_set_of_choices_of_three_tokens(drop_policy: DropPolicy) -> None:
-    # Each token chooses any subset of three experts, none and all included: 8^3 routings, ragged ones among them.
-    # Probabilities have three values, so that experts meet ties; seats from none to plenty.
+    # Each token chooses any subset of three experts, none and all included: 8^3 routings, ragged ones among
+    # them. Probabilities have three values, so that experts meet ties; seats from none to plenty.
     subsets = [subset for size in range(4) for subset in combinations(range(3), size)]
     for number, choices in enumerate(product(subsets, repeat=3)):
         expert_N = [expert for subset in choices for expert in subset]
         probability_N = [(7 * n + number) % 3 / 4 for n in range(len(expert_N))]
         for num_ffn, capacity_E in ((2, (1, 1, 1)), (2, (2, 1, 0)), (3, (1, 2, 3)), (1, (0, 3, 2))):
-            made = plan(expert_N, probability_N, num_ffn=num_ffn, capacity_E=capacity_E, drop_policy=drop_policy)
+            made = plan(
+                expert_N, probability_N, num_ffn=num_ffn, capacity_E=capacity_E, drop_policy=drop_policy
+            )
             by_probability = drop_policy == "probability"
             assert listed(made) == seats_by_loop(expert_N, probability_N, num_ffn, capacity_E, by_probability)
 

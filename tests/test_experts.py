@@ -30,14 +30,17 @@ def whole_numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32, de
 
 
 def test_consecutive_rows_meet_their_experts_weight() -> None:
-    # Rows 0 and 1 belong to expert 0 (swaps the two), none to expert 1, row 2 to expert 2 (keeps the first, doubled).
+    # Rows 0 and 1 belong to expert 0 (swaps the two), none to expert 1, row 2 to expert 2 (keeps the first,
+    # doubled).
     weight_EXO = tensor([[[0, 1], [1, 0]], [[9, 9], [9, 9]], [[2, 0], [0, 0]]])
     out_RO = grouped_product(tensor([[1, 2], [3, 4], [5, 6]]), weight_EXO, [2, 0, 1])
     equal(out_RO, [[2, 1], [4, 3], [10, 0]])
 
 
-def check_against_loop(counts: Sequence[int], dtype: torch.dtype, backend: Backend, device: str = "cpu") -> None:
-    """Values and gradients of whole numbers: exact in any order of summation, then rounded once to `dtype`."""
+def check_against_loop(
+    counts: Sequence[int], dtype: torch.dtype, backend: Backend, device: str = "cpu"
+) -> None:
+    """Values and gradients of whole numbers: exact in any order of summation, and rounded once."""
     rows_RX = whole_numbers(sum(counts), 8, seed=0, dtype=dtype, device=device).requires_grad_()
     weight_EXO = whole_numbers(len(counts), 8, 16, seed=1, dtype=dtype, device=device).requires_grad_()
     grad_RO = whole_numbers(sum(counts), 16, seed=2, dtype=dtype, device=device)
@@ -84,7 +87,8 @@ def test_every_backend_is_the_loop(counts: Sequence[int], backend: Backend, dtyp
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_backend_that_a_gpu_picks_is_the_loop(counts: Sequence[int], dtype: torch.dtype) -> None:
-    # Memory that held NaN a moment ago is what a kernel gets that leaves the gradient of an idle expert unwritten.
+    # Memory that held NaN a moment ago is what a kernel gets that leaves the gradient of an idle expert
+    # unwritten.
     for elements in (8 * 16 * len(counts), 8 * sum(counts), 16 * sum(counts)):
         torch.full((elements,), torch.nan, dtype=dtype, device="cuda")
     check_against_loop(counts, dtype, "auto", device="cuda")
@@ -94,7 +98,8 @@ def test_the_backend_that_a_gpu_picks_is_the_loop(counts: Sequence[int], dtype: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_widths_that_grouped_mm_refuses_are_multiplied_all_the_same(dtype: torch.dtype, device: str) -> None:
     # Rows of 3 and of 5 numbers are no multiple of 16 bytes.
-    rows_RX, weight_EXO = whole_numbers(4, 3, seed=0, dtype=dtype), whole_numbers(2, 3, 5, seed=1, dtype=dtype)
+    rows_RX = whole_numbers(4, 3, seed=0, dtype=dtype)
+    weight_EXO = whole_numbers(2, 3, 5, seed=1, dtype=dtype)
     expected_RO = torch.stack([rows_RX[r].float() @ weight_EXO[int(r > 0)].float() for r in range(4)])
     out_RO = grouped_product(rows_RX.to(device), weight_EXO.to(device), [1, 3])
     assert torch.equal(out_RO.cpu(), expected_RO.to(dtype))
@@ -103,7 +108,7 @@ def test_widths_that_grouped_mm_refuses_are_multiplied_all_the_same(dtype: torch
 @pytest.mark.parametrize("backend", ["slices", "grouped_mm"])
 def test_counts_that_are_not_for_these_rows_and_experts_are_refused(backend: Backend) -> None:
     rows_RX, weight_EXO = torch.zeros(5, 8), torch.zeros(3, 8, 8)
-    with pytest.raises(ValueError, match="5 rows for 3 experts, but 3 counts that sum to 4; the dispatch plan is not t"):
+    with pytest.raises(ValueError, match="5 rows for 3 experts, but 3 counts that sum to 4; the dispatch plan"):
         grouped_product(rows_RX, weight_EXO, [1, 1, 2], backend=backend)
     # Two counts for three experts would leave the third without a gradient, four would lose rows.
     with pytest.raises(ValueError, match="5 rows for 3 experts, but 2 counts that sum to 5"):
@@ -142,9 +147,8 @@ def test_every_ffn_expert_has_a_gradient() -> None:
             for expert, count in enumerate(counts):
                 if count == 0:
                     assert parameter.grad[expert].abs().max() == 0, name
-    assert torch.autograd.gradcheck(
-        lambda rows, *_: experts(rows, [2, 1]), (torch.rand(3, 2).double().requires_grad_(), *experts.parameters())
-    )
+    rows_RD = whole_numbers(3, 2, seed=0, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda rows, *_: experts(rows, [2, 1]), (rows_RD, *experts.parameters()))
 
 
 # zero-computation experts
@@ -172,7 +176,10 @@ def test_constant_experts_give_a_scale_and_values() -> None:
 def test_constant_expert_is_equation_5() -> None:
     # Gate 1: a1 x + a2 v = 3/4 [1, 0] + 1/4 [10, 20].
     out_TD = zero_computation_output(
-        tensor([[1, 0]]), copy_gate_T=tensor([0]), constant_gate_TJ=tensor([[1, 0]]), constants=two_constants()
+        tensor([[1, 0]]),
+        copy_gate_T=tensor([0]),
+        constant_gate_TJ=tensor([[1, 0]]),
+        constants=two_constants(),
     )
     equal(out_TD, [[3.25, 5]])
 
@@ -180,7 +187,10 @@ def test_constant_expert_is_equation_5() -> None:
 def test_copy_and_constant_experts_share_one_scale() -> None:
     # Copy gate 0.1 on top of the first case above: (0.1 + 0.4) [1, 0] + [1.6, 2.8].
     out_TD = zero_computation_output(
-        tensor([[1, 0]]), copy_gate_T=tensor([0.1]), constant_gate_TJ=tensor([[0.4, 0.2]]), constants=two_constants()
+        tensor([[1, 0]]),
+        copy_gate_T=tensor([0.1]),
+        constant_gate_TJ=tensor([[0.4, 0.2]]),
+        constants=two_constants(),
     )
     equal(out_TD, [[2.1, 2.8]])
 
@@ -194,19 +204,20 @@ def test_without_constant_experts_there_is_the_scale_alone() -> None:
 
 
 def test_gates_stay_fp32_and_the_output_takes_the_dtype_of_x() -> None:
-    # A copy gate of 1 + 1/512 on x = 1 in bf16: the scale is applied in fp32 and the sum is rounded once. With the
-    # value (gate 1, a2 = 1/2, v = 1/128 - 1/512 ...) left out, 1 + 1/512 + 1/2 rounds to 1.5 in bf16.
+    # Copy gate 1 + 1/256, constant gate 1/128 with a1 = 1/2 and v = 0: the scale is 1 + 1/128, a bf16 number.
+    # Gates in bf16 would give 1: both of its numbers next to 1 + 1/256 are a half step away, and it rounds
+    # down to 1 twice.
     constants = ConstantExperts(1, 1)
     constants.selector_J2D.data, constants.value_JD.data = torch.zeros(1, 2, 1), torch.zeros(1, 1)
     constants.to(torch.bfloat16)
-    gate_TJ = torch.ones(1, 1, requires_grad=True)
+    gate_TJ = torch.full((1, 1), 1 / 128, requires_grad=True)
     out_TD = zero_computation_output(
         torch.ones(1, 1, dtype=torch.bfloat16),
-        copy_gate_T=torch.tensor([1 + 1 / 512]),
+        copy_gate_T=torch.tensor([1 + 1 / 256]),
         constant_gate_TJ=gate_TJ,
         constants=constants,
     )
-    assert out_TD.dtype == torch.bfloat16 and out_TD.item() == 1.5
+    assert out_TD.dtype == torch.bfloat16 and out_TD.item() == 1 + 1 / 128
     out_TD.sum().backward()
     assert gate_TJ.grad is not None and gate_TJ.grad.dtype == torch.float32
     assert constants.value_JD.grad is not None and constants.value_JD.grad.dtype == torch.bfloat16

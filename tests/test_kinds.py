@@ -6,7 +6,8 @@ from moepp_ds.kinds import ExpertKinds
 
 
 def test_index_order_is_ffn_constant_copy_zero() -> None:
-    # 3 FFN are 0 1 2, 2 constant are 3 4, one copy is 5, 4 zero are 6 7 8 9: ten in all, seven of them compute nothing.
+    # 3 FFN are 0 1 2, 2 constant are 3 4, one copy is 5, 4 zero are 6 7 8 9: ten in all, seven of them
+    # compute nothing.
     kinds = ExpertKinds(num_ffn=3, num_constant=2, num_copy=1, num_zero=4)
     assert kinds.total == 10
     assert kinds.num_zero_computation == 7

@@ -12,19 +12,20 @@ from moepp_ds.products import linear, product_dtype
 
 @pytest.fixture(params=[False, True], ids=["widened", "native"])
 def multiplies_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both kinds of processor on any processor: the answer about bf16 units chooses the path and nothing else."""
+    """Both kinds of processor on any processor: the answer about bf16 units chooses the path, nothing else."""
     monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: request.param)
     return bool(request.param)
 
 
 def whole_numbers(*shape: int, seed: int) -> Tensor:
-    """-8..8 in bf16, where they are exact, and so are fp32 sums of their products: rounding happens once, at the end."""
+    """-8..8 in bf16, where they are exact, as fp32 sums of their products are: only the result is rounded."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-8, 9, shape, generator=generator).to(torch.bfloat16)
 
 
 def test_bf16_is_widened_only_where_a_processor_lacks_it(multiplies_bf16: bool) -> None:
-    assert product_dtype(torch.zeros(1, dtype=torch.bfloat16)) == (torch.bfloat16 if multiplies_bf16 else torch.float32)
+    expected = torch.bfloat16 if multiplies_bf16 else torch.float32
+    assert product_dtype(torch.zeros(1, dtype=torch.bfloat16)) == expected
     for dtype in (torch.float16, torch.float32, torch.float64):
         assert product_dtype(torch.zeros(1, dtype=dtype)) == dtype
 
@@ -49,9 +50,9 @@ def test_bf16_product_is_the_fp64_product_rounded_once(multiplies_bf16: bool) ->
 
 
 def test_bf16_gradients_are_those_of_fp64_rounded_once(multiplies_bf16: bool) -> None:
-    x_TD, weight_OD = whole_numbers(40, 48, seed=2).requires_grad_(), whole_numbers(24, 48, seed=3).requires_grad_()
+    x_TD, weight_OD = whole_numbers(40, 48, seed=2), whole_numbers(24, 48, seed=3)
     grad_TO = whole_numbers(40, 24, seed=4)
-    linear(x_TD, weight_OD).backward(grad_TO)
+    linear(x_TD.requires_grad_(), weight_OD.requires_grad_()).backward(grad_TO)
     assert x_TD.grad is not None and weight_OD.grad is not None
     assert x_TD.grad.dtype == weight_OD.grad.dtype == torch.bfloat16
     assert torch.equal(x_TD.grad, (grad_TO.double() @ weight_OD.detach().double()).to(torch.bfloat16))

@@ -1,4 +1,4 @@
-"""The router, against numbers worked out by hand: logits are logarithms of whole numbers, so scores are fractions."""
+"""The router, by hand: logits are logarithms of whole numbers, so that scores are plain fractions."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_any_number_of_choices(top_k: int) -> None:
 def test_equation_6_adds_the_mapped_logits_of_the_layer_before() -> None:
     # Wg moves previous logit 2 onto expert 0, doubled: rows are experts of this layer, columns those before.
     residual_EE = [[0, 0, 2], [0, 0, 0], [0, 0, 0]]
-    routing = router([[0], [log(4)], [0]], top_k=1, residual_EE=residual_EE)(tensor([[1]]), tensor([[7, 7, log(3)]]))
+    made = router([[0], [log(4)], [0]], top_k=1, residual_EE=residual_EE)
+    routing = made(tensor([[1]]), tensor([[7, 7, log(3)]]))
     equal(routing.logits_TE, [[2 * log(3), log(4), 0]])
     # exp = 9 4 1, sum 14.
     equal(routing.probability_TE, [[9 / 14, 4 / 14, 1 / 14]])
@@ -65,7 +66,8 @@ def test_equation_6_adds_the_mapped_logits_of_the_layer_before() -> None:
 
 
 def test_the_logits_travel_with_the_earlier_residuals_in_them() -> None:
-    # W x = [1, 0] in every layer and Wg = identity: G_1 = 1, G_2 = 1 + 1, G_3 = 1 + 2. If W x alone travelled, G_3 were 2.
+    # W x = [1, 0] in every layer and Wg = identity: G_1 = 1, G_2 = 1 + 1, G_3 = 1 + 2. If W x alone
+    # travelled, G_3 were 2.
     first = router([[1], [0]], top_k=1)
     later = router([[1], [0]], top_k=1, residual_EE=[[1, 0], [0, 1]])
     logits_TE = first(tensor([[1]]), None).logits_TE
@@ -109,8 +111,9 @@ def test_choice_survives_scores_that_underflow() -> None:
 
 
 def test_gradient_of_a_gate_by_hand() -> None:
-    # x = [1], logits 0, log 2, 0: the gate of expert 1 is p = 2/4. dp/dG_1 = p (1 - p) = 1/4, dp/dG_other = -p/4 = -1/8.
-    # G = W x + Wg G_before with G_before = [1, 0, -1] moves G by x for W, by G_before for Wg, by Wg^T for G_before.
+    # x = [1], logits 0, log 2, 0: the gate of expert 1 is p = 2/4. dp/dG_1 = p (1 - p) = 1/4, dp/dG_other =
+    # -p/4 = -1/8. G = W x + Wg G_before with G_before = [1, 0, -1] moves G by x for W, by G_before for Wg, by
+    # Wg^T for G_before.
     residual_EE = [[0, 0, 0], [0, 0, 0], [5, 0, 5]]  # adds 5 - 5 = 0 to expert 2
     made = router([[0], [log(2)], [0]], top_k=1, residual_EE=residual_EE)
     x_TD, before_TE = tensor([[1]]).requires_grad_(), tensor([[1, 0, -1]]).requires_grad_()

@@ -149,7 +149,8 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
 ) -> None:
     """With an absurd learning rate the run names update, ranks and rows, and does not save what it spoiled."""
     arguments = [GOLDEN_RECIPE, "--run-dir", str(tmp_path / "run")]
-    settings = ["parallel.expert_parallel=2", "train.max_lr=1e30", "train.warmup_steps=0", f"train.precision={precision}"]
+    settings = ["parallel.expert_parallel=2", "train.max_lr=1e30", "train.warmup_steps=0"]
+    settings.append(f"train.precision={precision}")
     done = launch_deepspeed(2, "moepp_ds.train", arguments + sets(*settings))
     assert done.returncode != 0
     assert "is not finite" in done.stdout and "the weights were not changed" in done.stdout

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,12 +22,14 @@ def run(checks: Sequence[Callable[[], None]]) -> None:
     """Run the checks in order on this rank. The first that fails ends the process: the ranks are out of step then."""
     rank = int(os.environ["RANK"])
     for check in checks:
+        started = time.perf_counter()
         try:
             check()
             failure = ""
         except Exception:
             failure = traceback.format_exc()
-        sys.stdout.write(MARK + json.dumps({"name": check.__name__, "rank": rank, "failure": failure}) + "\n")
+        record = {"name": check.__name__, "rank": rank, "failure": failure, "seconds": time.perf_counter() - started}
+        sys.stdout.write(MARK + json.dumps(record) + "\n")
         sys.stdout.flush()
         if failure:
             os._exit(1)
@@ -57,7 +60,7 @@ def start(
             parsed = json.loads(record)
             found.setdefault(parsed["name"], []).append(parsed)
     results = {
-        name: "\n".join(f"rank {r['rank']}: {r['failure']}" for r in records if r["failure"])
+        name: next((f"rank {r['rank']}: {r['failure']}" for r in records if r["failure"]), "")
         for name, records in found.items()
     }
     for name, records in found.items():

@@ -154,9 +154,13 @@ class PlainRun:
 def close(actual: dict[str, Tensor], expected: dict[str, Tensor], *, relative: float) -> None:
     """Assert that the norm of each array's difference is at most `relative` of the expected array's norm."""
     assert actual.keys() == expected.keys()
-    wrong = {
-        name: float((actual[name] - expected[name]).norm() / expected[name].norm())
+    errors = {
+        name: float((actual[name] - expected[name]).norm() / expected[name].norm().clamp(min=1e-30))
         for name in expected
-        if not (actual[name] - expected[name]).norm() <= relative * expected[name].norm()
     }
-    assert not wrong, f"relative differences above {relative:g}: {wrong}"
+    wrong = {name: error for name, error in errors.items() if not error <= relative}  # NaN is wrong, too
+    assert not wrong, f"{len(wrong)} differ by more than {relative:g}, the most: {max(wrong.items(), key=_second)}"
+
+
+def _second(pair: tuple[str, float]) -> float:
+    return pair[1]

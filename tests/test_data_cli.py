@@ -1,0 +1,133 @@
+"""`moepp-data` from the outside: every command on a small corpus, exit codes, and errors as one message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from raw_corpora import write_corpora, write_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def moepp_data(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_pipeline", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def passes(*args: object) -> str:
+    done = moepp_data(*args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def fails(*args: object) -> str:
+    """The message of a command that must fail with code 1 and without a traceback."""
+    done = moepp_data(*args)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.startswith("error: ")
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw corpora, a tokenizer and a set built from them by the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_corpora(folder / "raw")
+    write_tokenizer(folder / "tokenizer.json")
+    out = passes(
+        "build", folder / "set", "--tokenizer", folder / "tokenizer.json", *corpora(folder), "--held-out", 0.1
+    )
+    assert "building 6 files" in out
+    assert "6 files built, 0 kept: " in out
+    return folder
+
+
+def corpora(folder: Path) -> list[object]:
+    names = ("redpajama", "dolma", "pile")
+    return [word for name in names for word in (f"--{name}", folder / "raw" / name)]
+
+
+MIXTURE = '{"dolma": 0.5, "redpajama": {"book": 0.2}, "pile": 0.3}'
+
+
+def test_build_again_keeps_everything(folder: Path) -> None:
+    out = passes(
+        "build", folder / "set", "--tokenizer", folder / "tokenizer.json", *corpora(folder), "--held-out", 0.1
+    )
+    assert "0 files built, 6 kept" in out
+
+
+def test_verify(folder: Path) -> None:
+    assert passes("verify", folder / "set").startswith("PASS: ")
+    assert "holds no shard set" in fails("verify", folder)
+
+
+def test_verify_fails_on_damage(folder: Path, tmp_path: Path) -> None:
+    tokenizer = ("--tokenizer", folder / "tokenizer.json")
+    passes("build", tmp_path / "set", *tokenizer, "--pile", folder / "raw/pile", "--held-out", 0)
+    shard = tmp_path / "set/shards/pile/train/00.jsonl.zst.train"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    done = moepp_data("verify", tmp_path / "set")
+    assert done.returncode == 1
+    assert "00.jsonl.zst.train has" in done.stdout
+    assert f"error: 1 problems in {tmp_path}/set; 1 shards are sound" in done.stderr
+
+
+def test_describe(folder: Path) -> None:
+    out = passes("describe", folder / "set", "--mixture", MIXTURE, "--token-budget", 10_000)
+    for expected in (
+        "6 files",
+        "tokenizer/tokenizer.json, 100 ids",
+        "common_crawl",
+        "epochs in a run of 10.0K tokens",
+    ):
+        assert expected in out
+    assert "is not among the shards" in fails("describe", folder / "set", "--mixture", "strategy_1")
+    assert "unknown mixture 'strategi_1' (nearest: 'strategy_1')" in fails(
+        "describe", folder / "set", "--mixture", "strategi_1"
+    )
+    assert "is no JSON object" in fails("describe", folder / "set", "--mixture", "{dolma: 1}")
+
+
+def test_count(folder: Path) -> None:
+    out = passes("count", folder / "set", *corpora(folder), "--mixture", MIXTURE, "--rows", 20_000)
+    assert out.endswith("PASS\n")
+    assert "largest deviation from its share, in rows, at every prefix of 20,000 rows (bound 1.1):" in out
+    assert "redpajama/book" in out and ": equal" in out
+    assert "nothing to count" in fails("count", folder / "set")
+    assert passes("count", folder / "set", "--mixture", MIXTURE).endswith("PASS\n")
+
+
+def test_count_fails_when_a_document_is_missing(folder: Path, tmp_path: Path) -> None:
+    raw = write_corpora(tmp_path / "raw", documents=41)
+    done = moepp_data("count", folder / "set", "--pile", raw["pile"])
+    assert done.returncode == 1
+    assert "but the shards hold" in done.stdout and "PASS" not in done.stdout
+    assert "error: 2 counts do not agree" in done.stderr
+
+
+def test_show(folder: Path) -> None:
+    options = ("--mixture", MIXTURE, "--seq-len", 16, "--row", 3, "--rows", 2)
+    out = passes("show", folder / "set", *options)
+    assert "row 3 · " in out and "row 4 · " in out and "end of document" in out
+    assert "fewer than one row of 2048 + 1" in fails("show", folder / "set", "--mixture", MIXTURE)
+
+
+def test_input_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
+    tokenizer = ("--tokenizer", folder / "tokenizer.json")
+    assert "nothing to build" in fails("build", tmp_path / "set", *tokenizer)
+    assert "does not exist; check the path" in fails(
+        "build", tmp_path / "set", *tokenizer, "--pile", tmp_path / "no"
+    )
+    assert "cannot read the tokenizer" in fails(
+        "build", tmp_path / "set", "--tokenizer", tmp_path / "no", "--pile", folder / "raw/pile"
+    )
+
+
+def test_help_names_every_command() -> None:
+    out = passes("--help")
+    for command in ("sample", "build", "verify", "describe", "count", "show"):
+        assert command in out
