@@ -31,14 +31,16 @@ FOUR_RANKS = ["expert_parallel_ranks_are_consecutive", "norm_counts_every_expert
 """Two copies of the experts, each on two ranks: the one world here in which both kinds of groups have two ranks."""
 
 
-def run(factory: pytest.TempPathFactory, world: int, names: list[str]) -> dict[str, str]:
+def run(
+    factory: pytest.TempPathFactory, world: int, names: list[str], launcher: str = "torchrun"
+) -> dict[str, str]:
     log = factory.mktemp("contract") / "log.txt"
-    return start("tests.programs.contract_checks", names, world=world, log=log, launcher="deepspeed")
+    return start("tests.programs.contract_checks", names, world=world, log=log, launcher=launcher)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(tmp_path_factory, 2, [])
+    return run(tmp_path_factory, 2, [], "deepspeed")
 
 
 @pytest.fixture(scope="module")

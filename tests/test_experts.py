@@ -108,7 +108,7 @@ def test_widths_that_grouped_mm_refuses_are_multiplied_all_the_same(dtype: torch
 @pytest.mark.parametrize("backend", ["slices", "grouped_mm"])
 def test_counts_that_are_not_for_these_rows_and_experts_are_refused(backend: Backend) -> None:
     rows_RX, weight_EXO = torch.zeros(5, 8), torch.zeros(3, 8, 8)
-    with pytest.raises(ValueError, match="5 rows for 3 experts, but 3 counts that sum to 4; the dispatch plan"):
+    with pytest.raises(ValueError, match="5 rows for 3 experts, but 3 counts that sum to 4; the dispatch"):
         grouped_product(rows_RX, weight_EXO, [1, 1, 2], backend=backend)
     # Two counts for three experts would leave the third without a gradient, four would lose rows.
     with pytest.raises(ValueError, match="5 rows for 3 experts, but 2 counts that sum to 5"):

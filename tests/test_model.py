@@ -19,8 +19,8 @@ VOCABULARY = 24
 def config(*, moe: dict[str, object] | None = None, **changes: object) -> ModelConfig:
     """2 layers of width 8 with 4 FFN + 1 constant + 1 copy + 1 zero experts, dropless, unless changed."""
     experts = {"num_ffn_experts": 4, "num_constant": 1, "dropless": True, **(moe or {})}
-    sizes = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 12, "vocab_size": VOCABULARY}
-    return ModelConfig.model_validate({**sizes, **changes, "moe": experts})
+    sizes = {"num_layers": 2, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 12}
+    return ModelConfig.model_validate({"vocab_size": VOCABULARY, **sizes, **changes, "moe": experts})
 
 
 VANILLA: dict[str, object] = {"num_zero": 0, "num_copy": 0, "num_constant": 0}

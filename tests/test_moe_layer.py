@@ -1,7 +1,7 @@
 """The layer against the float64 oracle: outputs, losses, logits, counts and every gradient.
 
-A layer's parameters are copied, in float64, and become the oracle's weights through differentiable views, so that
-the oracle's gradients come out under the layer's own names.
+A layer's parameters are copied, in float64, and become the oracle's weights through differentiable views, so
+that the oracle's gradients come out under the layer's own names.
 """
 
 from __future__ import annotations
@@ -248,8 +248,8 @@ def test_every_parameter_is_in_the_graph(top_k: int) -> None:
 def test_layer_by_hand() -> None:
     """One FFN (0), one constant (1), one copy (2), one zero expert (3); top 2, dropless.
 
-    Logits are x itself for x = [a, b, c, d, 0...]: token 0 has log 4, log 2, 0, 0 and chooses FFN and constant
-    with 4/8 and 2/8; token 1 has 0, 0, log 3, log 5 and chooses zero (5/10) and copy (3/10).
+    Logits are x itself for x = [a, b, c, d, 0...]: token 0 has log 4, log 2, 0, 0 and chooses FFN and
+    constant with 4/8 and 2/8; token 1 has 0, 0, log 3, log 5 and chooses zero (5/10) and copy (3/10).
     The FFN expert has gate 0, hence silu(0) = 0 and gives nothing. The constant expert has W_c = 0, hence
     (x + v) / 2 with v = ones. Balance: f = [1/2] * 4, P = [(4/8 + 1/10) / 2, ...] = [.3, .175, .2125, .3125];
     L = 1/2 * (.3 + 0.75 * .7) = 0.4125.

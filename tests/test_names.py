@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "moepp_ds"
-MODEL_FILES = "attention dispatch expert_parallel experts losses model moe_layer products reference router".split()
+MODEL_FILES = (
+    "products router dispatch experts losses reference attention moe_layer model expert_parallel".split()
+)
 
 
 def legend(source: str) -> set[str]:

@@ -12,7 +12,7 @@ from moepp_ds.products import linear, product_dtype
 
 @pytest.fixture(params=[False, True], ids=["widened", "native"])
 def multiplies_bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both kinds of processor on any processor: the answer about bf16 units chooses the path, nothing else."""
+    """Both kinds of processor on any one: the answer about bf16 units chooses the path, nothing else."""
     monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: request.param)
     return bool(request.param)
 

@@ -1,0 +1,464 @@
+"""Checks of moepp_ds.checkpoint in real ranks; tests/test_checkpoint.py starts them, one world after the other.
+
+    ... --module tests.programs.checkpoint_checks FOLDER PART
+
+FOLDER is shared by the parts: what one world saved, another loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from moepp_ds.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, read_index, save_checkpoint
+from moepp_ds.checkpoint.files import write_fragments, write_index
+from moepp_ds.engine import join_ranks
+from tests.programs import checks, tiny
+
+RANKS = join_ranks()
+FOLDER = Path(sys.argv[1])
+TWO_BY_TWO, ONE, BACK = FOLDER / "two_by_two", FOLDER / "one", FOLDER / "back"
+FACTS = {"recipe": {"name": "tiny"}, "data": {"rows": 24}}
+
+
+def stored_arrays(folder: Path) -> dict[str, Tensor]:
+    """`kind|name` -> the flat global array, put together from the files alone."""
+    index = read_index(folder)
+    arrays: dict[str, Tensor] = {}
+    for file in index["files"]:
+        with safe_open(folder / file, framework="pt") as stored:
+            for key in stored.keys():
+                kind, name, start = key.split("|")
+                size = int(torch.tensor(index["parameters"][name]).prod())
+                array = arrays.setdefault(f"{kind}|{name}", torch.full((size,), torch.nan))
+                values = stored.get_tensor(key)
+                assert values.dtype == torch.float32 and values.ndim == 1
+                array[int(start) : int(start) + len(values)] = values
+    return arrays
+
+
+def save(engine: Any, root: Path, step: int, *, keep: int = 9) -> Path:
+    return save_checkpoint(engine, root, step=step, facts=FACTS, keep=keep)
+
+
+def trained(ways: int, steps: int, precision: str = "fp32") -> tuple[Any, Any]:
+    """A recipe and its engine after that many updates."""
+    asked = tiny.recipe(expert_parallel=ways, precision=precision)
+    engine = tiny.engine_for(asked, RANKS)
+    tiny.train(engine, asked, RANKS, range(steps))
+    return asked, engine
+
+
+def resumed(ways: int, folder: Path, precision: str = "fp32") -> tuple[Any, Any]:
+    """A recipe and its engine, fresh but for what it loaded."""
+    asked = tiny.recipe("train.seed=7", expert_parallel=ways, precision=precision)
+    engine = tiny.engine_for(asked, RANKS)
+    load_checkpoint(engine, folder)
+    return asked, engine
+
+
+def on_first(action: Callable[[], object]) -> None:
+    """Do something to shared files, once."""
+    if RANKS.is_first:
+        action()
+    dist.barrier()
+
+
+# -- part save: two ranks --------------------------------------------------------------------------------------
+
+
+def files_hold_what_the_ranks_hold() -> None:
+    """Also leaves the checkpoint that other worlds load, and how the run went on."""
+    asked, engine = trained(2, 3)
+    folder = save(engine, TWO_BY_TWO, 3)
+    assert folder == TWO_BY_TWO / "step-00000003" == find_checkpoint(TWO_BY_TWO)
+    files = ["rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["index.json", *files]
+    index = read_index(folder)
+    assert (index["format"], index["step"], index["updates"]) == (1, 3, 3)
+    assert {key: index[key] for key in FACTS} == FACTS
+    assert index["parameters"]["blocks.1.moe.experts.down_EFD"] == [4, 24, 16]
+    arrays = tiny.global_arrays(engine)
+    tiny.same(stored_arrays(folder), arrays)
+    going_on = tiny.train(engine, asked, RANKS, range(3, 6))
+    on_first(lambda: (FOLDER / "going_on.json").write_text(json.dumps(going_on)))
+
+
+def going_on() -> list[tuple[float, float]]:
+    return [tuple(pair) for pair in json.loads((FOLDER / "going_on.json").read_text())]
+
+
+def _exact(precision: str, step: int) -> None:
+    asked, engine = trained(2, step, precision)
+    folder = save(engine, FOLDER / f"exact-{precision}-{step}", step)
+    before = tiny.train(engine, asked, RANKS, range(step, step + 3))
+    asked, again = resumed(2, folder, precision)
+    assert again.global_steps == step
+    assert tiny.train(again, asked, RANKS, range(step, step + 3)) == before
+    tiny.same(tiny.global_arrays(again), tiny.global_arrays(engine))
+
+
+def same_layout_continues_digit_for_digit_in_fp32() -> None:
+    _exact("fp32", 3)
+
+
+def same_layout_continues_digit_for_digit_in_bf16() -> None:
+    _exact("bf16", 2)
+
+
+def checkpoint_before_the_first_update() -> None:
+    _exact("fp32", 0)
+
+
+def continues(ways: int, folder: Path, root: Path | None = None) -> None:
+    """Load on this layout: the same bits; save them from here: the same bits; train on: the same losses."""
+    asked, engine = resumed(ways, folder)
+    stored = stored_arrays(TWO_BY_TWO / "step-00000003")
+    tiny.same(tiny.global_arrays(engine), stored)
+    if root is not None:
+        tiny.same(stored_arrays(save(engine, root, 3)), stored)
+    losses = torch.tensor(tiny.train(engine, asked, RANKS, range(3, 6)))
+    torch.testing.assert_close(losses, torch.tensor(going_on()), rtol=1e-5, atol=0)
+
+
+def loads_without_expert_parallelism() -> None:
+    continues(1, TWO_BY_TWO / "step-00000003", FOLDER / "two_by_one")
+
+
+# -- part one: one rank; part back: two ranks again ----------------------------------------------------------
+
+
+def one_rank_loads_what_two_saved() -> None:
+    continues(1, TWO_BY_TWO / "step-00000003", ONE)
+    continues(1, FOLDER / "two_by_one" / "step-00000003")
+
+
+def two_ranks_load_what_one_saved() -> None:
+    continues(2, ONE / "step-00000003", BACK)
+    continues(1, ONE / "step-00000003")
+
+
+# -- publishing ------------------------------------------------------------------------------------------------
+
+
+RENAMES: list[str] | None = None
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if RENAMES is not None and event in ("os.rename", "shutil.rmtree"):
+        names = [Path(os.fspath(path)).name for path in arguments[:2] if isinstance(path, (str, os.PathLike))]
+        RENAMES.append(f"{event.split('.')[1]} {' '.join(names)}")
+
+
+def latest_moves_last() -> None:
+    global RENAMES
+    _, engine = trained(2, 1)
+    root = FOLDER / "order"
+    save(engine, root, 1)
+    sys.addaudithook(_watch)
+    RENAMES = []
+    save(engine, root, 2, keep=1)
+    seen, RENAMES = RENAMES, None
+    if RANKS.is_first:
+        assert seen == [
+            "rmtree .step-00000002.partial",
+            "rename .index.json.partial index.json",
+            "rename .step-00000002.partial step-00000002",
+            "rename .latest.partial latest",
+            "rmtree step-00000001",
+        ], seen
+    else:
+        assert seen == []
+
+
+def old_ones_are_deleted_and_later_ones_do_not_count() -> None:
+    _, engine = trained(2, 1)
+    root = FOLDER / "keep"
+
+    def steps() -> list[int]:
+        dist.barrier()
+        return sorted(int(path.name[5:]) for path in root.glob("step-*"))
+
+    for step in (1, 2, 3):
+        save(engine, root, step, keep=2)
+    assert steps() == [2, 3]
+    save(engine, root, 9, keep=2)
+    assert steps() == [3, 9]
+    save(engine, root, 4, keep=2)  # by a run that was resumed from 3
+    assert steps() == [3, 4, 9]
+    assert find_checkpoint(root) == root / "step-00000004"
+    save(engine, root, 9, keep=1)
+    assert steps() == [9]
+    assert find_checkpoint(root) == root / "step-00000009"
+    assert not list(root.glob(".*"))
+
+
+def half_written_folders_are_ignored_and_cleared() -> None:
+    _, engine = trained(2, 1)
+    root = FOLDER / "half"
+    assert find_checkpoint(root) is None
+    save(engine, root, 1)
+
+    def kill_while_saving() -> None:
+        for step in (2, 8):
+            (root / f".step-{step:08d}.partial").mkdir()
+            (root / f".step-{step:08d}.partial" / "rank-00000-of-00002.safetensors").write_bytes(b"\0" * 100)
+            (root / f".step-{step:08d}.partial" / "rank-00003-of-00004.json").write_text("{}")
+
+    on_first(kill_while_saving)
+    assert find_checkpoint(root) == root / "step-00000001"
+    folder = save(engine, root, 2)
+    tiny.same(stored_arrays(folder), tiny.global_arrays(engine))
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+
+
+@contextmanager
+def files_of_at_most(size: int, *, rank: int) -> Iterator[None]:
+    """On one rank the disk seems full: no file grows beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == RANKS.rank:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def failed_save_is_known_to_all_ranks_and_leaves_the_one_before() -> None:
+    asked, engine = trained(2, 1)
+    root = FOLDER / "full"
+    folder = save(engine, root, 1)
+    arrays = tiny.global_arrays(engine)
+    # rank 1 cannot write its fragments; rank 0 can write them, but not the index
+    largest = (folder / "rank-00000-of-00002.safetensors").stat().st_size
+    index = (folder / "index.json").stat().st_size
+    assert index < 6000 < largest, (index, largest)
+    with files_of_at_most(6000, rank=1):
+        with pytest.raises(CheckpointError, match="no checkpoint of update 2: .*rank-00001-of-00002.safetensors"):
+            save(engine, root, 2)
+    dist.barrier()
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
+    assert find_checkpoint(root) == folder
+    tiny.same(stored_arrays(folder), arrays)
+    tiny.train(engine, asked, RANKS, [1])  # the run is alive
+    assert save(engine, root, 2) == find_checkpoint(root)
+
+
+def folder_that_cannot_be_made() -> None:
+    _, engine = trained(2, 1)
+    on_first(lambda: (FOLDER / "occupied").write_text("a file"))
+    with pytest.raises(CheckpointError, match="no checkpoint of update 1: .*occupied"):
+        save(engine, FOLDER / "occupied", 1)
+
+
+# -- refusing ----------------------------------------------------------------------------------------------------
+
+
+def refuses(
+    damage: Callable[[Path], object], message: str, *overrides: str, name: str = "step-00000003"
+) -> None:
+    """Loading a damaged copy of the checkpoint raises the message on every rank and changes nothing."""
+    copy = FOLDER / "damaged" / name
+    on_first(lambda: shutil.rmtree(copy.parent, ignore_errors=True))
+    on_first(lambda: shutil.copytree(TWO_BY_TWO / "step-00000003", copy))
+    on_first(lambda: damage(copy))
+    asked = tiny.recipe("train.seed=7", *overrides, expert_parallel=2)
+    engine = tiny.engine_for(asked, RANKS)
+    before = tiny.global_arrays(engine)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(engine, copy)
+    tiny.same(tiny.global_arrays(engine), before)
+    assert engine.global_steps == 0
+
+
+SECOND = "rank-00001-of-00002.safetensors"
+
+
+def flip(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def damaged_byte() -> None:
+    refuses(lambda folder: flip(folder / SECOND, -5), f"{SECOND} does not match its checksums; resume from another")
+    refuses(lambda folder: flip(folder / SECOND, 12), f"{SECOND} does not match its checksums")  # its header
+
+
+def truncated_file() -> None:
+    refuses(lambda folder: os.truncate(folder / SECOND, 1000), rf"{SECOND} has 1000 bytes instead of \d+; resume")
+
+
+def missing_file() -> None:
+    refuses(lambda folder: (folder / SECOND).unlink(), f"{SECOND} is missing; resume from another checkpoint")
+
+
+def _without(folder: Path, key: str) -> None:
+    """Write the second file again without one fragment, with checksums that are right."""
+    with safe_open(folder / SECOND, framework="pt") as stored:
+        tensors = {k: stored.get_tensor(k) for k in stored.keys()}
+    assert key in {k.rpartition("|")[0] for k in tensors}
+    kept: dict[tuple[str, str, int], Tensor] = {}
+    for k, tensor in tensors.items():
+        kind, name, start = k.split("|")
+        if f"{kind}|{name}" != key:
+            kept[kind, name, int(start)] = tensor
+    _rewrite(folder, lambda: write_fragments(folder / SECOND, kept))
+
+
+def _rewrite(folder: Path, change: Callable[[], object]) -> None:
+    """Change files and make the index fit them."""
+    index = read_index(folder)
+    for file, note in index.pop("files").items():
+        (folder / file).with_suffix(".json").write_text(json.dumps(note))
+    change()
+    write_index(folder, index)
+
+
+def missing_fragment() -> None:
+    key = "exp_avg_sq|blocks.3.moe.experts.down_EFD"
+    refuses(
+        lambda folder: _without(folder, key),
+        "exp_avg_sq of blocks.3.moe.experts.down_EFD: without gap or overlap the checkpoint holds 768 of its 1536",
+    )
+
+
+def another_models_shapes() -> None:
+    refuses(
+        lambda folder: None,
+        re.escape(
+            "holds another model:\n  blocks.0.ffn.down_EFD: checkpoint [1, 24, 16], model [1, 32, 16]\n"
+            "  blocks.0.ffn.gate_up_EDG: checkpoint [1, 16, 48], model [1, 16, 64]\n"
+        ),
+        "model.ffn_hidden_size=32",
+    )
+    refuses(lambda folder: None, r"  head.weight: checkpoint \[64, 16\], model \[65, 16\]", "model.vocab_size=65")
+
+
+def newer_format() -> None:
+    def raise_format(folder: Path) -> None:
+        path = folder / "index.json"
+        path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+
+    refuses(raise_format, "index.json has format 2, this version reads 1; use the version that wrote it")
+
+
+def damaged_index() -> None:
+    path = TWO_BY_TWO / "step-00000003" / "index.json"
+    size = path.stat().st_size
+    refuses(lambda folder: os.truncate(folder / "index.json", size // 2), r"index.json is damaged \(.*\); resume")
+    refuses(lambda folder: (folder / "index.json").write_text("[]"), "index.json is damaged")
+    for place in range(0, size, 41):  # in spaces and digits, keys and checksums: no change goes unseen
+        refused = False
+        copy = FOLDER / f"index-{RANKS.rank}"
+        shutil.rmtree(copy, ignore_errors=True)
+        copy.mkdir()
+        shutil.copy(path, copy)
+        flip(copy / "index.json", place)
+        try:
+            read_index(copy)
+        except CheckpointError:
+            refused = True
+        assert refused, f"byte {place} of index.json can be changed"
+
+
+def folder_that_is_no_checkpoint() -> None:
+    refuses(lambda folder: (folder / "index.json").unlink(), "is no checkpoint: it holds no index.json")
+    root = FOLDER / "points_nowhere"
+    on_first(lambda: root.mkdir())
+    on_first(lambda: (root / "latest").write_text("step-00000007\n"))
+    with pytest.raises(CheckpointError, match="latest names step-00000007, which is no checkpoint; name one with"):
+        find_checkpoint(root)
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (FOLDER / "exploded",))
+
+
+def pickles_are_never_executed() -> None:
+    bomb = pickle.dumps(Bomb())
+
+    def plant_beside(folder: Path) -> None:
+        for name in ("rank-00002-of-00003.safetensors", "mp_rank_00_model_states.pt", "rng.pkl", "latest"):
+            (folder / name).write_bytes(bomb)
+
+    copy = FOLDER / "planted" / "step-00000003"
+    on_first(lambda: shutil.copytree(TWO_BY_TWO / "step-00000003", copy))
+    on_first(lambda: plant_beside(copy))
+    _, engine = resumed(2, copy)
+    tiny.same(tiny.global_arrays(engine), stored_arrays(copy))
+
+    def plant_inside(folder: Path) -> None:
+        """A pickle for a file of fragments, with checksums that are right."""
+
+        def change() -> None:
+            note = json.loads((folder / SECOND).with_suffix(".json").read_text())
+            write_fragments(folder / SECOND, {})
+            note = json.loads((folder / SECOND).with_suffix(".json").read_text())
+            (folder / SECOND).write_bytes(bomb)
+            from moepp_ds.checkpoint.files import _checksums
+
+            note = {"bytes": len(bomb), "chunks": _checksums(folder / SECOND)}
+            (folder / SECOND).with_suffix(".json").write_text(json.dumps(note))
+
+        _rewrite(folder, change)
+
+    refuses(plant_inside, "(?i)header")
+    refuses(lambda folder: (folder / "index.json").write_bytes(bomb), "index.json is damaged")
+    assert not (FOLDER / "exploded").exists()
+    pickle.loads(bomb)  # the bomb is one
+    dist.barrier()
+    assert (FOLDER / "exploded").exists()
+
+
+PARTS: dict[str, list[Callable[[], None]]] = {
+    "save": [
+        files_hold_what_the_ranks_hold,
+        same_layout_continues_digit_for_digit_in_fp32,
+        same_layout_continues_digit_for_digit_in_bf16,
+        checkpoint_before_the_first_update,
+        loads_without_expert_parallelism,
+    ],
+    "one": [one_rank_loads_what_two_saved],
+    "back": [
+        two_ranks_load_what_one_saved,
+        latest_moves_last,
+        old_ones_are_deleted_and_later_ones_do_not_count,
+        half_written_folders_are_ignored_and_cleared,
+        failed_save_is_known_to_all_ranks_and_leaves_the_one_before,
+        folder_that_cannot_be_made,
+        damaged_byte,
+        truncated_file,
+        missing_file,
+        missing_fragment,
+        another_models_shapes,
+        newer_format,
+        damaged_index,
+        folder_that_is_no_checkpoint,
+        pickles_are_never_executed,
+    ],
+}
+
+if __name__ == "__main__":
+    checks.run(PARTS[sys.argv[2]])
+    dist.destroy_process_group()
