@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -86,6 +87,6 @@ def build_engine(recipe: Recipe, ranks: Ranks, *, eos_id: int) -> tuple[Any, dic
         eps=recipe.train.adam_eps,
         fused=True,
     )
-    given = dict(config)  # DeepSpeed adds to the dictionary it is given
+    given = deepcopy(config)  # DeepSpeed changes the dictionary it is given
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, given

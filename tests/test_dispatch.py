@@ -79,6 +79,21 @@ def test_of_equal_probabilities_the_earlier_token_stays() -> None:
     assert plan([0] * 5, [0.1, 0.4, 0.4, 0.9, 0.4], capacity_E=[3, 1, 1]).order_R.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_ties_by_the_thousand_too(device: str) -> None:
+    # Long lists are sorted by other code than short ones. All equal: each expert keeps its first 100 tokens.
+    expert_N = torch.arange(6000, device=device) % 3
+    made = plan_dispatch(
+        expert_N=expert_N,
+        probability_N=torch.full((6000,), 0.5, device=device),
+        num_experts=3,
+        num_ffn=2,
+        capacity_E=[100, 100, 100],
+    )
+    assert made.order_R.tolist() == [*range(0, 300, 3), *range(1, 300, 3)]
+    assert made.kept_N.tolist() == [True] * 300 + [False] * 5700
+
+
 def test_experts_that_nobody_asked_for_are_counted_as_zero() -> None:
     # Four FFN experts, of which 0 and 3 get nothing, and no zero-computation expert at all.
     made = plan([2, 1, 2], num_experts=4, num_ffn=4, capacity_E=[1, 1, 1, 1])

@@ -222,19 +222,33 @@ def test_recomputation_changes_nothing(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(value, recomputed[key]), key
 
 
-def test_router_logits_travel_past_dense_layers() -> None:
-    # Layers 1 and 3 are MoE, 0 and 2 dense: layer 3's router starts from what layer 1's router gave.
-    model = make_model(CONFIGS["every second layer"])
-    seen: dict[int, tuple[Tensor, Tensor | None]] = {}
-    for i in (1, 3):
-        moe = model.get_submodule(f"blocks.{i}.moe")
-        moe.register_forward_pre_hook(lambda _, inputs, i=i: seen.update({i: inputs}))
+def test_recomputation_runs_everything_twice_but_the_routers() -> None:
+    # Two dense and two MoE layers, forward and backward.
+    model = make_model(CONFIGS["every second layer"], recompute=True)
+    calls: dict[str, int] = {}
+    for kind in ("Router", "FFNExperts", "ConstantExperts", "CausalSelfAttention"):
+        for module in model.modules():
+            if type(module).__name__ == kind:
+                module.register_forward_hook(lambda *_, kind=kind: calls.update({kind: calls.get(kind, 0) + 1}))
+    model(random_rows()).loss.backward()
+    assert calls == {"Router": 2, "FFNExperts": 2 * 4, "ConstantExperts": 2 * 2, "CausalSelfAttention": 2 * 4}
+
+
+@pytest.mark.parametrize(("num_layers", "every"), [(3, 1), (6, 2)])
+def test_router_logits_travel_from_one_moe_layer_to_the_next(num_layers: int, every: int) -> None:
+    # Dense layers stand between the MoE layers of the second case, and the logits pass them.
+    model = make_model(config(num_layers=num_layers, moe={"every": every}))
+    routers = [f"blocks.{i}.moe.router" for i in range(every - 1, num_layers, every)]
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    for name in routers:
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     _, layers = model.hidden(random_rows()[:, :-1])
-    assert seen[1][1] is None and seen[3][1] is layers[0].logits_TE
-    weight_ED = model.get_parameter("blocks.3.moe.router.weight_ED")
-    residual_EE = model.get_parameter("blocks.3.moe.router.residual_EE")
-    expected_TE = seen[3][0] @ weight_ED.t() + layers[0].logits_TE @ residual_EE.t()
-    torch.testing.assert_close(layers[1].logits_TE, expected_TE, rtol=0, atol=1e-13)
+    assert seen[0][1] is None and seen[1][1] is layers[0].logits_TE and seen[2][1] is layers[1].logits_TE
+    for n in (1, 2):
+        weight_ED = model.get_parameter(f"{routers[n]}.weight_ED")
+        residual_EE = model.get_parameter(f"{routers[n]}.residual_EE")
+        expected_TE = seen[n][0] @ weight_ED.t() + layers[n - 1].logits_TE @ residual_EE.t()
+        torch.testing.assert_close(layers[n].logits_TE, expected_TE, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["moepp", "vanilla", "capacity"])

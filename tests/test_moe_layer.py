@@ -111,7 +111,7 @@ class Oracle:
         return reference_layer(x_TD, previous_TE, weights, settings, routes)
 
 
-Layer = Callable[[Tensor, "Tensor | None"], "MoEOutput | ReferenceOutput"]
+Layer = Callable[[Tensor, Tensor | None], MoEOutput | ReferenceOutput]
 """A layer and its oracle are called alike, and what they return has the same names for the same things."""
 
 

@@ -1,0 +1,172 @@
+"""The run folder: metrics worked out by hand, files that read as if the run had never stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from moepp_ds.kinds import ExpertKinds
+from moepp_ds.monitor import RunFolder, layer_metrics, progress_line, scalars
+
+KINDS = ExpertKinds(num_ffn=2, num_constant=2, num_copy=1, num_zero=1)
+
+
+def test_layer_metrics_of_one_layer() -> None:
+    # 10 tokens choose 2 experts each: 20 assignments, of which the first FFN expert drops 2 and the copy expert 3
+    wanted_E, kept_E = [8, 2, 1, 2, 5, 2], [6, 2, 1, 2, 2, 2]
+    (layer,) = layer_metrics([wanted_E], [kept_E], kinds=KINDS, tokens=10)
+    assert layer == {
+        "share": {"ffn": 0.5, "constant": 0.15, "copy": 0.25, "zero": 0.1},
+        "ffn_experts_per_token": 0.8,
+        "dropped": 0.25,
+        "ffn_load": [1.5, 0.5],  # 6 and 2 around their mean of 4
+    }
+
+
+def test_layer_metrics_have_only_the_kinds_there_are() -> None:
+    layers = layer_metrics([[3, 1], [4, 0]], [[3, 1], [2, 0]], kinds=ExpertKinds(2, 0, 0, 0), tokens=4)
+    assert layers == [
+        {"share": {"ffn": 1.0}, "ffn_experts_per_token": 1.0, "dropped": 0.0, "ffn_load": [1.5, 0.5]},
+        {"share": {"ffn": 1.0}, "ffn_experts_per_token": 0.5, "dropped": 0.5, "ffn_load": [2.0, 0.0]},
+    ]
+
+
+def test_layer_metrics_when_no_ffn_expert_is_chosen() -> None:
+    (layer,) = layer_metrics([[0, 0, 0, 0, 0, 4]], [[0, 0, 0, 0, 0, 4]], kinds=KINDS, tokens=4)
+    assert (layer["ffn_experts_per_token"], layer["ffn_load"]) == (0.0, [0.0, 0.0])
+    assert layer["share"] == {"ffn": 0.0, "constant": 0.0, "copy": 0.0, "zero": 1.0}
+
+
+def metrics(step: int, **more: Any) -> dict[str, Any]:
+    layers = layer_metrics([[8, 2, 1, 2, 5, 2]], [[6, 2, 1, 2, 2, 2]], kinds=KINDS, tokens=10)
+    return {"step": step, "loss": 5.0 - step, "layers": layers, **more}
+
+
+def test_scalars_are_named_by_their_place() -> None:
+    record = {key: value for key, value in metrics(2).items() if key != "step"}
+    record |= {"sampled_share": {"redpajama/book": 0.25}, "validation": {"dolma": {"loss": 4, "tokens": 64}}}
+    assert scalars(record) == [
+        ("train/loss", 3.0),
+        ("layers/00/share/ffn", 0.5),
+        ("layers/00/share/constant", 0.15),
+        ("layers/00/share/copy", 0.25),
+        ("layers/00/share/zero", 0.1),
+        ("layers/00/ffn_experts_per_token", 0.8),
+        ("layers/00/dropped", 0.25),
+        ("layers/00/ffn_load/00", 1.5),
+        ("layers/00/ffn_load/01", 0.5),
+        ("sampled_share/redpajama/book", 0.25),
+        ("validation/dolma/loss", 4.0),
+        ("validation/dolma/tokens", 64.0),
+    ]
+
+
+def folder_with(path: Path, steps: range, *, resumed_step: int = 0, tensorboard: bool = False) -> RunFolder:
+    folder = RunFolder(path, tensorboard=tensorboard, resumed_step=resumed_step)
+    for step in steps:
+        folder.record(metrics(step))
+    return folder
+
+
+def recorded(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_are_one_object_a_line_and_there_at_once(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, range(1, 4))
+    assert recorded(tmp_path) == [metrics(1), metrics(2), metrics(3)]  # before it is closed
+    folder.close()
+
+
+def test_resuming_drops_the_metrics_after_the_checkpoint(tmp_path: Path) -> None:
+    folder_with(tmp_path, range(1, 6)).close()
+    folder_with(tmp_path, range(4, 5), resumed_step=3).close()
+    assert [record["step"] for record in recorded(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_resuming_drops_a_last_line_that_was_cut_off(tmp_path: Path, cut: int) -> None:
+    folder_with(tmp_path, range(1, 4)).close()
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-cut])  # without its newline alone, too: it may be a longer number's start
+    folder_with(tmp_path, range(3, 5), resumed_step=2).close()
+    assert recorded(tmp_path) == [metrics(step) for step in (1, 2, 3, 4)]
+
+
+def test_starting_over_drops_all_metrics(tmp_path: Path) -> None:
+    folder_with(tmp_path, range(1, 4)).close()
+    folder_with(tmp_path, range(1, 2), resumed_step=0).close()
+    assert [record["step"] for record in recorded(tmp_path)] == [1]
+
+
+def test_status_says_how_the_run_stands(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, range(0))
+    folder.set_status("running", step=4)
+    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "running", "step": 4, "message": ""}
+    folder.set_status("failed", step=5, message="loss of update 6 is not finite")
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "state": "failed",
+        "step": 5,
+        "message": "loss of update 6 is not finite",
+    }
+    folder.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "metrics.jsonl", "status.json"]
+
+
+def test_what_is_said_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("first run, Zürich", "second run"):
+        folder = folder_with(tmp_path, range(0))
+        folder.say(line)
+        folder.close()
+    assert capsys.readouterr().out == "first run, Zürich\nsecond run\n"
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "first run, Zürich\nsecond run\n"
+
+
+def test_describe_stores_recipe_and_deepspeed_configuration(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, range(0))
+    folder.describe(recipe="name: tiny\n", ds_config={"zero_optimization": {"stage": 2}})
+    folder.close()
+    assert (tmp_path / "recipe.yaml").read_text() == "name: tiny\n"
+    assert json.loads((tmp_path / "ds_config.json").read_text()) == {"zero_optimization": {"stage": 2}}
+
+
+def curve(path: Path, name: str) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(path / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_curves_are_readable_and_purged_when_resuming(tmp_path: Path) -> None:
+    folder_with(tmp_path, range(1, 6), tensorboard=True).close()
+    assert curve(tmp_path, "train/loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0), (5, 0.0)]
+    folder = RunFolder(tmp_path, tensorboard=True, resumed_step=3)
+    folder.record(metrics(4) | {"loss": 7.5})
+    folder.close()
+    assert curve(tmp_path, "train/loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 7.5)]
+    assert curve(tmp_path, "layers/00/ffn_load/00") == [(step, 1.5) for step in range(1, 5)]
+
+
+def test_a_killed_process_leaves_metrics_and_curves(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, pathlib; from moepp_ds.monitor import RunFolder\n"
+        "folder = RunFolder(pathlib.Path(sys.argv[1]), tensorboard=True, resumed_step=0)\n"
+        "folder.record({'step': 1, 'loss': 2.5})\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, check=False)
+    assert killed.returncode == -9
+    assert recorded(tmp_path) == [{"step": 1, "loss": 2.5}]
+    assert curve(tmp_path, "train/loss") == [(1, 2.5)]
+
+
+def test_progress_line() -> None:
+    record = metrics(3, lm_loss=1.95, grad_norm=0.5, lr=3e-4, tokens_per_s=12345.6)
+    assert progress_line(record, total_steps=200, seconds_left=3725.4) == (
+        "step   3/200  loss 2.0000  lm 1.9500  grad 0.500  lr 3.00e-04  12,346 tokens/s  0.80 FFN experts/token  "
+        "ETA 1:02:05"
+    )
