@@ -125,7 +125,9 @@ def verify(out: _Set) -> None:
 def describe(
     out: _Set,
     mixture: Annotated[Optional[str], typer.Option(help=_MIXTURE_HELP)] = None,
-    token_budget: Annotated[Optional[int], typer.Option(help="Tokens of a run, to tell epochs.")] = None,
+    token_budget: Annotated[
+        Optional[int], typer.Option(min=1, help="Tokens of a run, to tell epochs.")
+    ] = None,
 ) -> None:
     """Print what a set holds and how a mixture draws on it."""
     console = _console()
@@ -193,7 +195,7 @@ def show(
     row: Annotated[int, typer.Option(min=0, help="Index of the first row in the training stream.")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1,
     seq_len: Annotated[int, typer.Option(min=1, help="Targets per row.")] = 2048,
-    seed: Annotated[int, typer.Option(min=0, help="The run's data.seed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The run's data.seed.")] = 0,
 ) -> None:
     """Print rows of the training stream as text, with their sources and the ends of documents."""
     config = DataConfig(path=str(out), mixture=_mixture(mixture), seq_len=seq_len, seed=seed)
@@ -203,20 +205,22 @@ def show(
 
 
 def _mixture(given: str) -> str | dict[str, Any]:
-    """The name of a preset, or the mapping that a JSON object spells."""
-    if not given.lstrip().startswith("{"):
-        return given
-    try:
-        return orjson.loads(given)
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"--mixture {given!r} is no JSON object ({error})") from None
+    """The name of a preset, or the mapping that a JSON object spells; DataError when it is no sound mixture."""
+    mixture: str | dict[str, Any] = given
+    if given.lstrip().startswith("{"):
+        try:
+            mixture = orjson.loads(given)
+        except orjson.JSONDecodeError as error:
+            raise DataError(f"--mixture {given!r} is no JSON object ({error})") from None
+    flatten_mixture(mixture)
+    return mixture
 
 
 def main() -> None:
-    """Run the command line; print a `DataError` as one message and exit with code 1."""
+    """Run the command line; print a `DataError`, or what the system refused, as one message and exit with 1."""
     try:
         app()
-    except DataError as error:
+    except (DataError, OSError) as error:
         Console(stderr=True, soft_wrap=True).print(
             Text.assemble(("error: ", "bold red"), (str(error), "red"))
         )

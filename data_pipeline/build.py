@@ -5,7 +5,8 @@
     3. Every other file by itself, in this process or in several: read, set bad lines aside, split off
        held-out documents, encode about a megabyte at a time, append to two shards, write the file's record
        last.
-    4. When all files are done write the manifest.
+    4. When all files are done, judge each corpus's bad lines as a whole (many small files may each have a few)
+       and write the manifest.
 
 A shard depends on its raw file and the settings alone, and every output is renamed into place when complete,
 so a build that was killed at any moment, started again, ends with the same bytes as one that was not.
@@ -18,7 +19,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +29,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.atomic import clear_unfinished, write_atomically
 from data_pipeline.document import DataError
-from data_pipeline.file_build import Advance, FileJob, build_file, finished_record
+from data_pipeline.file_build import TOLERATED_BAD_LINES, Advance, FileJob, build_file, finished_record
 from data_pipeline.held_out import HeldOutRule
 from data_pipeline.manifest import (
     MANIFEST,
+    SPLITS,
     FileRecord,
     Manifest,
     Settings,
@@ -88,6 +90,7 @@ def build_set(
     """
     watcher = watcher or Watcher()
     _check_arguments(corpora, held_out, workers, max_bad_share, part_tokens)
+    _refuse_nested(root, corpora)
     raw = [(name, file) for name, path in corpora.items() for file in reader_for(name).find_files(path)]
     tokenizer = load_tokenizer(tokenizer_file, eos)
     root.mkdir(parents=True, exist_ok=True)
@@ -105,6 +108,8 @@ def build_set(
         for job, record in run_jobs(build_file, todo, workers=workers, on_progress=watcher.advance):
             records[job.key] = record
             watcher.end_file(job, record)
+        for name in corpora:
+            _judge_corpus(root, name, [record for record in records.values() if record.corpus == name], max_bad_share)
         files = [*_other_corpora(root, corpora), *records.values()]
         manifest = Manifest(settings=settings, files=sorted(files, key=lambda file: file.key))
         write_manifest(root, manifest)
@@ -122,6 +127,18 @@ def _check_arguments(
             f" {max_bad_share} in [0, 1]"
         )
     HeldOutRule(held_out)
+
+
+def _refuse_nested(root: Path, corpora: Mapping[str, Path]) -> None:
+    """Refuse a set inside a corpus: its quarantine would be read as raw data by the next build."""
+    out = Path(os.path.realpath(root))
+    for name, path in corpora.items():
+        folder = Path(os.path.realpath(path))
+        if folder in (out, *out.parents):
+            raise DataError(
+                f"{root} lies in the folder of --{name}, {path}, so what is written there would be read as raw"
+                " data; build into a folder outside the corpora"
+            )
 
 
 @contextmanager
@@ -195,6 +212,18 @@ def _read_settings(path: Path) -> Settings:
         return TypeAdapter(Settings).validate_json(path.read_bytes())
     except ValidationError:
         raise DataError(f"{path} is damaged; build into another folder, or delete this one") from None
+
+
+def _judge_corpus(root: Path, corpus: str, files: Sequence[FileRecord], max_bad_share: float) -> None:
+    """Stop where a corpus as a whole has too many bad lines, by the rule that `file_build` has for one file."""
+    bad = sum(file.bad_lines for file in files)
+    lines = bad + sum(file.split(split).documents for file in files for split in SPLITS)
+    if bad > max(TOLERATED_BAD_LINES, max_bad_share * lines):
+        raise DataError(
+            f"{corpus}: {bad:,} of {lines:,} lines are no documents, more than {TOLERATED_BAD_LINES} and more than"
+            f" the allowed share of {max_bad_share:g}. They are in {root / 'quarantine' / corpus}; repair the files,"
+            " or allow more with --max-bad-share (what is built is kept)"
+        )
 
 
 def _other_corpora(root: Path, corpora: Mapping[str, Path]) -> list[FileRecord]:

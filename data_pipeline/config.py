@@ -38,6 +38,12 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """The mixtures of the MoE++ paper, strategies 1 and 2, in per cent of sampled tokens; each sums to 100."""
 
 
+LARGEST_WEIGHT = 1e18
+"""Enough for token counts as weights, and far from what a float cannot hold."""
+DEEPEST_KEY = 16
+"""Levels of nesting; only a mapping that contains itself (a YAML alias can) has more."""
+
+
 @dataclass(frozen=True)
 class FlatMixture:
     """A mixture as exact shares."""
@@ -85,6 +91,9 @@ def flatten_mixture(mixture: str | Mapping[str, Any]) -> FlatMixture:
 
 
 def _leaves(node: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, Fraction]]:
+    if len(above) > DEEPEST_KEY:
+        start = "/".join(above[:3])
+        raise DataError(f"mixture is nested deeper than {DEEPEST_KEY} levels at {start}... (data.mixture)")
     for name, value in node.items():
         if not isinstance(name, str) or not name.strip("/") or "" in name.split("/"):
             raise DataError(
@@ -100,8 +109,12 @@ def _leaves(node: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def _weight(key: str, value: object) -> Fraction:
-    if isinstance(value, bool) or not isinstance(value, (int, float, Fraction)) or not math.isfinite(value):
+    number = isinstance(value, (int, Fraction)) or isinstance(value, float) and math.isfinite(value)
+    if isinstance(value, bool) or not number:
         raise DataError(f"mixture weight of {key!r} is {value!r}, which is no finite number (data.mixture)")
+    assert isinstance(value, (int, float, Fraction))
+    if value > LARGEST_WEIGHT:
+        raise DataError(f"mixture weight of {key!r} is over {LARGEST_WEIGHT:g}; use shares (data.mixture)")
     if value <= 0:
         raise DataError(
             f"mixture weight of {key!r} is {value!r}; weights are positive, leave a source out to get none of"
@@ -140,8 +153,10 @@ class DataConfig(BaseModel):
     sampling: Literal["exact", "random"] = "exact"
     """`exact`: every prefix within a row of its shares. `random`: the same slots permuted per 10,000 rows."""
 
-    @field_validator("mixture")
+    @field_validator("mixture", mode="before")
     @classmethod
-    def _mixture_is_sound(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+    def _mixture_is_sound(cls, value: Any) -> Any:
+        if not isinstance(value, (str, dict)):
+            raise DataError(f"mixture is {value!r}; name a preset ({', '.join(PRESETS)}) or give weights by source")
         flatten_mixture(value)
         return value

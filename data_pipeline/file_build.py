@@ -7,7 +7,8 @@
     4. When the file is at its end both shards get their names; then, last, the record is written.
 
 A file may have 10 bad lines, or `max_bad_share` of its lines if that is more. This is judged every 10,000
-lines and at the file's end; one bad line more stops the build. The quarantine is kept in any case.
+lines and at the file's end; one bad line more stops the build (`build` judges each corpus as a whole by the same
+rule). The quarantine is kept in any case.
 """
 
 from __future__ import annotations

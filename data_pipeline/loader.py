@@ -45,7 +45,7 @@ class Rows(Protocol):
 class Batch:
     """One micro batch."""
 
-    tokens_BS: np.ndarray
+    tokens_BS1: np.ndarray
     """int64 [micro_batch_size, S + 1]: inputs are [:, :-1], targets [:, 1:]."""
     row_start: int
     """Index in the stream of its first row; the others follow it."""

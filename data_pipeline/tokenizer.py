@@ -150,7 +150,13 @@ class HuggingFaceTokenizer(Tokenizer):
         self.fingerprint = _fingerprint(self.kind, self.eos_id, data)
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception, such as for a vocabulary without [UNK]
+            raise DataError(
+                f"the tokenizer cannot encode a text ({error}); use one whose vocabulary covers every text, such"
+                " as byte-level BPE"
+            ) from error
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -212,15 +218,13 @@ def _read(path: Path) -> bytes:
 def _prove_eos_is_no_text(tokenizer: Tokenizer, path: str) -> None:
     """Refuse a tokenizer that turns the written form of its end-of-document token into that token's id."""
     eos = tokenizer.eos_token
-    for probe in (eos, f"a {eos} b", f"a{eos}b", eos + eos):
-        try:
-            tokenizer.encode_batch([probe])
-        except DataError as error:
-            raise DataError(
-                f"{path} reads the text {eos!r} as the end-of-document id {tokenizer.eos_id}, so a document "
-                "that mentions it would be cut in two (data_pipeline.tokenizer); mark the token as special "
-                "(tokenizer.json) or as a control piece (SentencePiece), or pass another with --eos"
-            ) from error
+    probes = [eos, f"a {eos} b", f"a{eos}b", eos + eos]
+    if any((ids_N == tokenizer.eos_id).any() for ids_N in tokenizer._encode(probes)):
+        raise DataError(
+            f"{path} reads the text {eos!r} as the end-of-document id {tokenizer.eos_id}, so a document "
+            "that mentions it would be cut in two (data_pipeline.tokenizer); mark the token as special "
+            "(tokenizer.json) or as a control piece (SentencePiece), or pass another with --eos"
+        )
 
 
 def _fingerprint(kind: Kind, eos_id: int, data: bytes) -> str:

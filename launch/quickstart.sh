@@ -17,7 +17,7 @@ case "${1:-}" in
         ;;
     --short)
         stop_after=12 settings=(--set train.max_steps=30 --set train.warmup_steps=5)
-        checks=()
+        checks=(--fall 0.15)
         ;;
     *)
         echo "usage: bash launch/quickstart.sh [--short]" >&2
@@ -88,12 +88,16 @@ while kill -0 "$train" 2> /dev/null && [ "$(steps_done)" -lt "$stop_after" ]; do
 say "5. SIGTERM after $(steps_done) steps: save, stop, resume"
 kill -TERM "$train" 2> /dev/null || true
 end_training
-[ "$code" -eq 75 ] || fail "a stopped run ends with exit code 75, this one ended with $code"
-start_training --resume auto
-end_training
-[ "$code" -eq 0 ] || fail "the resumed run ended with exit code $code"
+if [ "$code" -eq 0 ]; then
+    echo "this machine was too fast: the run was complete before the signal came, and there is nothing to resume"
+else
+    [ "$code" -eq 75 ] || fail "a stopped run ends with exit code 75, this one ended with $code"
+    start_training --resume auto
+    end_training
+    [ "$code" -eq 0 ] || fail "the resumed run ended with exit code $code"
+fi
 
 say "6. what was learned"
-moepp report "$run" ${checks[@]+"${checks[@]}"} || fail "the run did not learn what it should"
+moepp report "$run" "${checks[@]}" || fail "the run did not learn what it should"
 echo "numbers of every step:  $run/metrics.jsonl"
 echo "curves:                 $(command -v tensorboard) --logdir $run/tensorboard"

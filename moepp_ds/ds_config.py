@@ -140,7 +140,7 @@ def _read(file: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read (the recipe's deepspeed): {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{file}: is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise RecipeError(f"{file}: a DeepSpeed configuration is a JSON object, not {type(config).__name__}")
@@ -241,6 +241,10 @@ def _check_values(config: Mapping[str, Any], file: Path) -> None:
         except ValidationError as error:
             found = [".".join(map(str, (section, *e["loc"]))) + f": {e['msg']}" for e in error.errors()]
             raise RecipeError(f"{file}: {'; '.join(found)}") from None
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):  # DeepSpeed takes true as 1, and divides by 0
+        value = config["zero_optimization"].get(key, 1)
+        if isinstance(value, bool) or int(value) < 1:
+            raise RecipeError(f"{file}: zero_optimization.{key}: {value!r} is no number of elements; use 1 or more")
     for key in ("memory_breakdown", "wall_clock_breakdown"):
         if not isinstance(config.get(key, False), bool):
             raise RecipeError(f"{file}: {key}: {config[key]!r} is not true or false")

@@ -21,7 +21,8 @@ from moepp_ds.expert_parallel import ExpertParallelMoE, parameter_groups
 from moepp_ds.model import MoEPlusPlusModel, initialize
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for a rank before the job fails; loading a large checkpoint takes minutes."""
+"""How long a collective of all ranks waits for one of them before the job fails: loading a large checkpoint takes
+minutes. DeepSpeed makes the groups of expert parallelism with the backend's own time."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ def join_ranks() -> Ranks:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     accelerator = get_accelerator()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if "LOCAL_RANK" not in os.environ:
+        raise RecipeError("RANK is set and LOCAL_RANK is not, so ranks of a node would share a device; set both")
+    local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
         # Made for inference and used nowhere here; left on, a first start needs a C++ compiler and a minute of it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

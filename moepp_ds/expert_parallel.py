@@ -65,10 +65,11 @@ class _AllToAllRows(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _InFlight:
-    """Rows under way. counts_PE: how many rows each source rank P sends to each local expert E."""
+    """Rows under way. They arrive rank by rank; order_Q lists them expert by expert, as the product wants them."""
 
     rows_QD: Tensor
-    counts_PE: list[list[int]]
+    order_Q: Tensor
+    counts: list[int]
     sent: list[int]
     received: list[int]
     group: Any
@@ -77,25 +78,19 @@ class _InFlight:
     def receive(self) -> tuple[Tensor, Sequence[int]]:
         for handle in self.work:
             handle.wait()
-        order_Q = self._by_expert().to(self.rows_QD.device)
-        return self.rows_QD.index_select(0, order_Q), [sum(column) for column in zip(*self.counts_PE)]
+        return self.rows_QD.index_select(0, self.order_Q), self.counts
 
     def give_back(self, rows_QD: Tensor) -> Tensor:
-        order_Q = torch.argsort(self._by_expert()).to(rows_QD.device)
-        by_rank_QD = rows_QD.index_select(0, order_Q)
+        by_rank_QD = rows_QD.index_select(0, torch.argsort(self.order_Q))
         return _AllToAllRows.apply(by_rank_QD, self.received, self.sent, self.group, None)
 
-    def _by_expert(self) -> Tensor:
-        """Where each received row goes: they come rank by rank, the product wants them expert by expert."""
-        num_experts = len(self.counts_PE[0])
-        ends = list(accumulate(count for row in self.counts_PE for count in row))
-        starts = [0, *ends]
-        blocks = [
-            torch.arange(starts[p * num_experts + e], ends[p * num_experts + e])
-            for e in range(num_experts)
-            for p in range(len(self.counts_PE))
-        ]
-        return torch.cat(blocks)
+
+def _order_by_expert(counts_PE: list[list[int]]) -> Tensor:
+    """Indices of rows that came rank by rank (`counts_PE[p][e]` from rank p for expert e), expert by expert."""
+    ends = list(accumulate(count for row in counts_PE for count in row))
+    starts, num_experts = [0, *ends], len(counts_PE[0])
+    blocks = [at for e in range(num_experts) for at in range(e, len(ends), num_experts)]
+    return torch.cat([torch.arange(starts[at], ends[at]) for at in blocks])
 
 
 class AllToAll:
@@ -109,16 +104,18 @@ class AllToAll:
 
         Exactly the rows given travel, however uneven: no padding to the fullest expert.
         """
-        world = dist.get_world_size(self.group)
-        mine_PE = torch.tensor(counts, device=rows_RD.device).view(world, -1)
-        theirs_PE = torch.empty_like(mine_PE)
-        dist.all_to_all_single(theirs_PE, mine_PE, group=self.group)
-        sent = mine_PE.sum(dim=1).tolist()
-        counts_PE = theirs_PE.tolist()
+        num_local = len(counts) // dist.get_world_size(self.group)
+        mine_E = torch.tensor(counts, device=rows_RD.device)
+        theirs_E = torch.empty_like(mine_E)
+        dist.all_to_all_single(theirs_E, mine_E, group=self.group)
+        counts_PE = theirs_E.view(-1, num_local).tolist()
+        sent = [sum(counts[first : first + num_local]) for first in range(0, len(counts), num_local)]
         received = [sum(row) for row in counts_PE]
         work: list[Any] = []
         rows_QD = _AllToAllRows.apply(rows_RD, sent, received, self.group, work)
-        return _InFlight(rows_QD, counts_PE, sent, received, self.group, work)
+        order_Q = _order_by_expert(counts_PE).to(rows_RD.device)
+        local_counts = [sum(column) for column in zip(*counts_PE)]
+        return _InFlight(rows_QD, order_Q, local_counts, sent, received, self.group, work)
 
 
 class ExpertParallelMoE(MoELayer, MoE):

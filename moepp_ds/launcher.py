@@ -242,8 +242,8 @@ def judge(ending: Ending, status: Mapping[str, object] | None, run_dir: Path) ->
     late = f" ({ending.killed} processes did not end in time and were killed)" if ending.killed else ""
     first = "".join(f"; rank {rank} ended first" for rank in ending.first_ended)
     if status is None:
-        if ending.stop_asked and not ending.killed:
-            return STOPPED, "stopped before training began; start it again with --resume auto"
+        if ending.stop_asked:  # nothing was trained, so nothing is lost, however the processes ended
+            return STOPPED, f"stopped before training began; start it again with --resume auto{late}"
         missing = f"{run_dir}/status.json was not written" if ending.ranks_started else "no rank was started"
         return FAILED, f"failed: the launcher ended with code {ending.launcher_code}, {missing}{first}{late}"
     state, step, message = status.get("state"), status.get("step"), status.get("message") or ""

@@ -128,7 +128,7 @@ class MoELayer(nn.Module):
         routing = self.router(x_TD, previous_logits_TE)
         plan = plan_dispatch(
             expert_N=routing.expert_N,
-            probability_N=routing.probability_TE[routing.token_N, routing.expert_N],
+            probability_N=routing.gate_N,
             num_experts=self.kinds.total,
             num_ffn=self.kinds.num_ffn,
             capacity_E=self.settings.seats(len(x_TD)) if self.settings.seats and self.training else None,

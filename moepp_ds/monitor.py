@@ -9,6 +9,8 @@ which cannot purge the points after a checkpoint.
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
+from data_pipeline.atomic import write_atomically
 from moepp_ds.kinds import ExpertKinds
 
 
@@ -86,9 +89,9 @@ class RunFolder:
         self._log: TextIO = (path / "log.txt").open("a", encoding="utf-8")
         _keep_until(path / "metrics.jsonl", resumed_step)
         self._metrics: TextIO = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._curves = (
-            SummaryWriter(str(path / "tensorboard"), purge_step=resumed_step + 1) if tensorboard else None
-        )
+        self._curves = None
+        if tensorboard:
+            self._curves = SummaryWriter(str(path / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10)
 
     def describe(self, *, recipe: str, ds_config: Mapping[str, Any]) -> None:
         """Store what the run was started with."""
@@ -101,23 +104,30 @@ class RunFolder:
         print(line, file=self._log, flush=True)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
-        """Append one update's metrics and its curves; both survive the death of this process from here on."""
-        print(json.dumps(metrics), file=self._metrics, flush=True)
+        """Append one update's metrics and its curves; the line survives the death of this process from here on.
+
+        Numbers that are not finite are written as null: JSON has no others.
+        """
         step = metrics["step"]
-        named = scalars({key: value for key, value in metrics.items() if key != "step"})
+        finite = _finite(metrics)
+        print(json.dumps(finite, allow_nan=False), file=self._metrics, flush=True)
+        named = scalars({key: value for key, value in finite.items() if key != "step"})
         if self._curves is not None:
             for name, value in named:
                 self._curves.add_scalar(name, value, step)
-            self._curves.flush()
         if self._others is not None:
             self._others.write_events([(name, value, step) for name, value in named])
 
+    def sync(self) -> None:
+        """Put everything recorded so far on the disk: before a checkpoint that a later run goes on from."""
+        os.fsync(self._metrics.fileno())
+        if self._curves is not None:
+            self._curves.flush()
+
     def set_status(self, state: str, *, step: int, message: str = "") -> None:
         """Replace status.json."""
-        partial = self.path / ".status.json.partial"
         status = {"state": state, "step": step, "message": message}
-        partial.write_text(json.dumps(status) + "\n", encoding="utf-8")
-        partial.replace(self.path / "status.json")
+        write_atomically(self.path / "status.json", (json.dumps(status) + "\n").encode())
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -140,11 +150,20 @@ def _keep_until(path: Path, step: int) -> None:
         lines.truncate(end)
 
 
+def _finite(value: Any) -> Any:
+    """A metrics record with None in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def progress_line(metrics: Mapping[str, Any], *, total_steps: int, seconds_left: float) -> str:
     """One line for one update."""
     layers = metrics["layers"]
     ffn = sum(layer["ffn_experts_per_token"] for layer in layers) / len(layers)
-    norm = "skipped" if metrics["grad_norm"] is None else f"{metrics['grad_norm']:.3f}"
+    norm = f"{metrics['grad_norm']:.3f}" if math.isfinite(metrics["grad_norm"]) else "skipped"
     return (
         f"step {metrics['step']:>{len(str(total_steps))}}/{total_steps}  loss {metrics['loss']:.4f}  "
         f"lm {metrics['lm_loss']:.4f}  grad {norm}  lr {metrics['lr']:.2e}  "

@@ -55,6 +55,8 @@ def report_run(path: Path) -> RunReport:
     scored = next((record["validation"] for record in reversed(metrics) if "validation" in record), None)
     if scored is None:
         raise RecipeError(f"{path} holds no evaluation yet; let the run go on, or lower evaluation.every")
+    if not scored:
+        raise RecipeError(f"no text was held out of the shards of {path}; build them with moepp-data build --held-out")
     tail = metrics[-max(1, len(metrics) // 10) :]
     return RunReport(
         steps=metrics[-1]["step"],

@@ -15,12 +15,12 @@ The same module starts under `torchrun` and, as one rank, under plain `python -m
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,12 +31,14 @@ import torch.distributed as dist
 from data_pipeline.document import DataError
 from data_pipeline.loader import Loader
 from data_pipeline.stream import HeldOut, RowStream, open_held_out, open_stream
-from moepp_ds.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, read_index, save_checkpoint
+from moepp_ds.agreement import AgreedError, all_or_none
+from moepp_ds.checkpoint import CheckpointError, load_checkpoint, read_index, save_checkpoint
 from moepp_ds.config import Recipe, RecipeError, load_recipe
 from moepp_ds.engine import Ranks, build_engine, join_ranks
 from moepp_ds.evaluate import Score, evaluate, score_lines
 from moepp_ds.model import expert_kinds
 from moepp_ds.monitor import RunFolder, layer_metrics, progress_line
+from moepp_ds.resume import agree_on_checkpoint, compare_runs
 from moepp_ds.stop import StopSignal
 from moepp_ds.update import NonFiniteError, UpdateResult, update
 
@@ -73,29 +75,26 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
     resume: `auto` (the newest checkpoint of the folder if it has one), `none` (a new run), or a checkpoint's path.
     """
     ranks = join_ranks()
-    stream, held_out = open_stream(recipe.data), open_held_out(recipe.data)
-    _check_vocabulary(recipe, stream)
-    checkpoint = _checkpoint_to_resume(path, resume)
-    if checkpoint is not None:
-        _check_same_model(recipe, read_index(checkpoint))
+    with all_or_none():
+        stream, held_out = open_stream(recipe.data), open_held_out(recipe.data)
+        _check_vocabulary(recipe, stream)
+    checkpoint = agree_on_checkpoint(path, resume, ranks)
+    with all_or_none():
+        changes = [] if checkpoint is None else compare_runs(recipe, read_index(checkpoint))
     engine, ds_config = build_engine(recipe, ranks, eos_id=stream.tokenizer.eos_id)
     index = None if checkpoint is None else load_checkpoint(engine, checkpoint)
     progress = Progress(index["step"] if index else 0)
-    dist.barrier()  # every rank has read the run folder before the first one writes to it
-    folder = None
-    if ranks.is_first:
-        folder = RunFolder(
-            path, tensorboard=recipe.monitor.tensorboard, resumed_step=progress.step, others=engine.monitor
-        )
-        folder.describe(recipe=recipe.dump(), ds_config=ds_config)
+    with all_or_none():
+        folder = _open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
     run = Run(recipe, ranks, engine, stream, held_out, path, folder)
     try:
-        _announce(run, progress, checkpoint)
+        _announce(run, progress, checkpoint, changes)
         progress = _loop(run, progress, data_state=index["data"] if index else None, stop=stop)
         _finish(run, progress)
     except Exception as error:
         if folder:
-            folder.set_status("failed", step=progress.step, message=str(error))
+            with suppress(OSError):  # a full disk must not hide what went wrong
+                folder.set_status("failed", step=progress.step, message=str(error))
         raise
     finally:
         if folder:
@@ -120,7 +119,9 @@ def _loop(run: Run, progress: Progress, *, data_state: Mapping[str, Any] | None,
             started = time.perf_counter()
             batches = next(loader)
             rate = recipe.learning_rate(progress.step)
-            result = update(run.engine, batches, ranks, rate=rate, stop=stop.requested())
+            result = update(
+                run.engine, batches, ranks, rate=rate, num_sources=len(run.stream.source_names), stop=stop.requested
+            )
             seconds = time.perf_counter() - started
             progress = Progress(progress.step + 1, result.stop)
             ends = progress.stop or progress.step == total
@@ -149,20 +150,20 @@ def _record(
     if run.folder is None:
         return
     recipe, step = run.recipe, progress.step
-    tokens, rows = recipe.train.batch_tokens, step * recipe.batch_rows
+    tokens = recipe.train.batch_tokens
     metrics: dict[str, Any] = {
         "step": step,
         "tokens": step * tokens,
         "loss": result.loss,
         "lm_loss": result.lm_loss,
         "balance_loss": result.balance_loss,
-        "grad_norm": result.grad_norm if math.isfinite(result.grad_norm) else None,  # JSON has no infinity
+        "grad_norm": result.grad_norm,
         "lr": recipe.learning_rate(step - 1),
         "tokens_per_s": tokens / seconds,
         "layers": layer_metrics(
             result.wanted_LE, result.kept_LE, kinds=expert_kinds(recipe.model.moe), tokens=tokens
         ),
-        "sampled_share": {name: drawn / rows for name, drawn in run.stream.mixture.drawn(rows).items()},
+        "sampled_share": _sampled_share(run, result, step),
     }
     if scores:
         metrics["validation"] = {source: asdict(score) for source, score in scores.items()}
@@ -174,6 +175,16 @@ def _record(
         run.say("\n".join([f"held-out text after update {step}:", *score_lines(scores)]))
 
 
+def _sampled_share(run: Run, result: UpdateResult, step: int) -> dict[str, float]:
+    """Each source's share of the rows drawn since update 0, after checking what this update drew against the plan."""
+    before, after = (run.stream.mixture.drawn(at * run.recipe.batch_rows) for at in (step - 1, step))
+    planned = [after[name] - before[name] for name in run.stream.source_names]
+    if planned != result.source_rows:
+        drew = f"update {step} drew {result.source_rows} rows of {list(after)}"
+        raise RuntimeError(f"{drew}, the mixture plans {planned}: the loader read other rows than the stream's")
+    return {name: drawn / (step * run.recipe.batch_rows) for name, drawn in after.items()}
+
+
 def _save(run: Run, progress: Progress, loader: Loader) -> None:
     recipe = run.recipe
     facts = {
@@ -182,6 +193,8 @@ def _save(run: Run, progress: Progress, loader: Loader) -> None:
         "data": loader.state(),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "moepp_ds")},
     }
+    if run.folder:
+        run.folder.sync()
     folder = save_checkpoint(
         run.engine, run.path / "checkpoints", step=progress.step, facts=facts, keep=recipe.checkpoint.keep
     )
@@ -190,13 +203,29 @@ def _save(run: Run, progress: Progress, loader: Loader) -> None:
     run.say(f"saved {folder}")
 
 
-def _announce(run: Run, progress: Progress, checkpoint: Path | None) -> None:
-    if run.folder:
-        run.folder.set_status("running", step=progress.step)
+def _open_folder(
+    recipe: Recipe, ds_config: Mapping[str, Any], path: Path, progress: Progress, engine: Any
+) -> RunFolder:
+    """The run folder with what the run was started with; the first rank's alone."""
+    folder = RunFolder(
+        path, tensorboard=recipe.monitor.tensorboard, resumed_step=progress.step, others=engine.monitor
+    )
+    folder.describe(recipe=recipe.dump(), ds_config=ds_config)
+    folder.set_status("running", step=progress.step)
+    return folder
+
+
+def _announce(run: Run, progress: Progress, checkpoint: Path | None, changes: Sequence[str]) -> None:
+    """Print the arithmetic of the run and where it begins."""
     for line in run.recipe.arithmetic(run.ranks.world):
         run.say(line)
+    unscored = [name for name in run.stream.source_names if name not in run.held_out]
+    if unscored:
+        run.say(f"no text is held out of {', '.join(unscored)}: it is not evaluated (moepp-data build --held-out)")
     if checkpoint is not None:
         run.say(f"resumed from {checkpoint} after update {progress.step}")
+    for change in changes:
+        run.say(f"resumed with another {change}")
 
 
 def _finish(run: Run, progress: Progress) -> None:
@@ -205,16 +234,6 @@ def _finish(run: Run, progress: Progress) -> None:
     if run.folder:
         run.folder.set_status(state, step=progress.step)
     run.say(f"{state} after update {progress.step}: {run.path}")
-
-
-def _checkpoint_to_resume(path: Path, resume: str) -> Path | None:
-    if resume == "auto":
-        return find_checkpoint(path / "checkpoints")
-    if resume != "none":
-        return Path(resume)
-    if (path / "metrics.jsonl").exists():
-        raise RecipeError(f"{path} already holds a run; continue it with --resume auto, or name another --run-dir")
-    return None
 
 
 def _check_vocabulary(recipe: Recipe, stream: RowStream) -> None:
@@ -227,32 +246,21 @@ def _check_vocabulary(recipe: Recipe, stream: RowStream) -> None:
         )
 
 
-def _check_same_model(recipe: Recipe, index: Mapping[str, Any]) -> None:
-    """Refuse to resume where the function being trained, or what was counted of it, would become another one.
-
-    The loader does the same for the order of the rows.
-    """
-    stored, asked = index["recipe"], recipe.model_dump(mode="json")
-    kept = [("model", key) for key in asked["model"]] + [("train", "batch_tokens"), ("train", "micro_batch_size")]
-    differences = [
-        f"  {section}.{key}: checkpoint {stored[section].get(key)}, recipe {asked[section][key]}"
-        for section, key in kept
-        if stored[section].get(key) != asked[section][key]
-    ]
-    if differences:
-        said = "the checkpoint is of another run; restore these in the recipe, or start a new run:"
-        raise RecipeError("\n".join([said, *differences]))
-
-
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; `--local_rank` is what DeepSpeed's launcher adds."""
-    parser = argparse.ArgumentParser(prog="moepp_ds.train", description="Train a MoE++ model from a recipe.")
+    parser = argparse.ArgumentParser(
+        prog="moepp_ds.train", description="Train a MoE++ model from a recipe.", allow_abbrev=False
+    )
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, a.b=c")
     parser.add_argument("--run-dir", type=Path, help="default: runs/<name of the recipe>")
     parser.add_argument("--resume", default="none", metavar="auto|none|PATH", help="default: none")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -264,9 +272,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.set)
         train(recipe, path=options.run_dir or Path("runs") / recipe.name, resume=options.resume, stop=stop)
-    except (RecipeError, DataError, CheckpointError, NonFiniteError) as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (RecipeError, AgreedError, CheckpointError, NonFiniteError) as error:  # the same on every rank
+        if _rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except DataError as error:  # while training: this rank's alone, the launcher ends the others
+        print(f"[rank {_rank()}] error: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 

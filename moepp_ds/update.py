@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,8 +23,9 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """Means and counts of one update over all ranks and micro batches. L MoE layers, E experts.
+    """Means and counts of one update over all ranks and micro batches. L MoE layers, E experts, M micro batches.
 
+    source_rows: rows drawn from each source of the mixture.
     grad_norm: before clipping; inf where a dynamic fp16 loss scale was too large and the update was skipped.
     stop: some rank was asked to stop.
     """
@@ -34,13 +36,16 @@ class UpdateResult:
     grad_norm: float
     wanted_LE: list[list[int]]
     kept_LE: list[list[int]]
+    source_rows: list[int]
     stop: bool
 
 
-def update(engine: Any, batches: Sequence[Batch], ranks: Ranks, *, rate: float, stop: bool) -> UpdateResult:
+def update(
+    engine: Any, batches: Sequence[Batch], ranks: Ranks, *, rate: float, num_sources: int, stop: Callable[[], bool]
+) -> UpdateResult:
     """Do one update with learning rate `rate` from this rank's micro batches. Collective.
 
-    Losses, counts and the wish to stop are summed over ranks in one small all-reduce before the step. Raises
+    Losses, counts and the answers of `stop` are summed over ranks in one small all-reduce before the step. Raises
     NonFiniteError on every rank, with the weights as they were, when a loss or the gradient norm is not finite.
     """
     for group in engine.optimizer.param_groups:
@@ -49,14 +54,15 @@ def update(engine: Any, batches: Sequence[Batch], ranks: Ranks, *, rate: float, 
     for batch in batches:
         if outputs:
             engine.step()  # between micro batches: DeepSpeed only counts it
-        output = engine(torch.from_numpy(batch.tokens_BS).to(ranks.device, non_blocking=True))
+        output = engine(torch.from_numpy(batch.tokens_BS1).to(ranks.device))
         engine.backward(output.loss)
-        outputs.append(output)
-    sums, counts_2LE = _sum_over_ranks(outputs, ranks, stop=stop)
-    loss, lm_loss, balance_loss = (value / (len(batches) * ranks.world) for value in sums[:3])
+        outputs.append(replace(output, loss=output.loss.detach()))  # lets go of the graph
+    source_rows = np.bincount(np.concatenate([batch.source_B for batch in batches]), minlength=num_sources)
+    sums = _sum_over_ranks(outputs, source_rows, stop=stop())
+    loss, lm_loss, balance_loss = (value / (len(batches) * ranks.world) for value in sums.losses_3)
     number = engine.global_steps + 1
     if not math.isfinite(loss):
-        bad_M = ~torch.stack([output.loss.detach() for output in outputs]).isfinite()
+        bad_M = ~torch.stack([output.loss for output in outputs]).isfinite()
         raise NonFiniteError(f"loss of update {number} is not finite: " + _name_rows(bad_M, batches, ranks))
     engine.step()
     if engine.optimizer.overflow and not engine.fp16_enabled():
@@ -69,24 +75,36 @@ def update(engine: Any, batches: Sequence[Batch], ranks: Ranks, *, rate: float, 
         lm_loss=lm_loss,
         balance_loss=balance_loss,
         grad_norm=float(engine.get_global_grad_norm()),
-        wanted_LE=counts_2LE[0].tolist(),
-        kept_LE=counts_2LE[1].tolist(),
-        stop=sums[3] > 0,
+        wanted_LE=sums.wanted_LE,
+        kept_LE=sums.kept_LE,
+        source_rows=sums.source_rows,
+        stop=sums.stop,
     )
 
 
-def _sum_over_ranks(outputs: Sequence[ModelOutput], ranks: Ranks, *, stop: bool) -> tuple[list[float], Tensor]:
-    """(sums of loss, lm_loss, balance_loss and stop; counts wanted and kept [2, L, E]) over micro batches and ranks.
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over micro batches and ranks; see UpdateResult."""
 
-    fp64 holds every count exactly, so one tensor carries them all.
-    """
-    losses_M3 = torch.stack([torch.stack([o.loss.detach(), o.lm_loss, o.balance_loss]) for o in outputs]).double()
-    counts_M2LE = torch.stack([torch.stack([o.wanted_LE, o.kept_LE]) for o in outputs])
-    counts_2LE = counts_M2LE.sum(dim=0)
-    flag = losses_M3.new_tensor([float(stop)])
-    packed = torch.cat([losses_M3.sum(dim=0), flag, counts_2LE.flatten().double()])
+    losses_3: list[float]
+    stop: bool
+    source_rows: list[int]
+    wanted_LE: list[list[int]]
+    kept_LE: list[list[int]]
+
+
+def _sum_over_ranks(outputs: Sequence[ModelOutput], source_rows: np.ndarray, *, stop: bool) -> _Sums:
+    """One all-reduce for everything: fp64 holds every count exactly."""
+    losses_M3 = torch.stack([torch.stack([o.loss, o.lm_loss, o.balance_loss]) for o in outputs]).double()
+    counts_2LE = torch.stack([torch.stack([o.wanted_LE, o.kept_LE]) for o in outputs]).sum(dim=0)
+    host = losses_M3.new_tensor([float(stop), *source_rows.tolist()])
+    packed = torch.cat([losses_M3.sum(dim=0), host, counts_2LE.flatten().double()])
     dist.all_reduce(packed)
-    return packed[:4].tolist(), packed[4:].view_as(counts_2LE).long()
+    numbers = packed.tolist()
+    first_count = 4 + len(source_rows)
+    wanted_LE, kept_LE = packed[first_count:].view_as(counts_2LE).long().tolist()
+    rows = [int(count) for count in numbers[4:first_count]]
+    return _Sums(numbers[:3], numbers[3] > 0, rows, wanted_LE, kept_LE)
 
 
 def _has_bad_gradient(model: torch.nn.Module, batch: Batch, ranks: Ranks) -> Tensor:
@@ -96,7 +114,7 @@ def _has_bad_gradient(model: torch.nn.Module, batch: Batch, ranks: Ranks) -> Ten
     experts are left out: they also hold what the tokens of other ranks contributed.
     """
     replicated = [parameter for parameter in model.parameters() if getattr(parameter, "allreduce", True)]
-    output: ModelOutput = model(torch.from_numpy(batch.tokens_BS).to(ranks.device))
+    output: ModelOutput = model(torch.from_numpy(batch.tokens_BS1).to(ranks.device))
     gradients = torch.autograd.grad(output.loss, replicated)
     return torch.stack([~gradient.isfinite().all() for gradient in gradients]).any()
 
@@ -107,7 +125,7 @@ def _name_rows(bad_M: Tensor, batches: Sequence[Batch], ranks: Ranks) -> str:
     mine_M = starts_M.where(bad_M, -1)
     everyone = [torch.empty_like(mine_M) for _ in range(ranks.world)]
     dist.all_gather(everyone, mine_M)
-    rows = len(batches[0].tokens_BS)
+    rows = len(batches[0].tokens_BS1)
     places = [
         f"rank {rank} rows {start} to {start + rows - 1}"
         for rank, starts in enumerate(everyone)

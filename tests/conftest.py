@@ -21,6 +21,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# DeepSpeed compiles a function of Muon at every start, which costs each rank seconds.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,12 @@ ONE_RANK = ["one_rank_loads_what_two_saved"]
 TWO_RANKS_AGAIN = [
     "two_ranks_load_what_one_saved",
     "latest_moves_last",
+    "old_one_that_cannot_be_deleted_is_warned_of_and_tried_again",
     "old_ones_are_deleted_and_later_ones_do_not_count",
     "half_written_folders_are_ignored_and_cleared",
     "failed_save_is_known_to_all_ranks_and_leaves_the_one_before",
+    "bytes_that_change_on_the_way_to_the_disk_are_found",
+    "ranks_that_do_not_share_the_folder_are_found_out",
     "folder_that_cannot_be_made",
     "damaged_byte",
     "truncated_file",
@@ -33,6 +36,9 @@ TWO_RANKS_AGAIN = [
     "newer_format",
     "damaged_index",
     "folder_that_is_no_checkpoint",
+    "ranks_that_see_different_checkpoints",
+    "one_rank_that_cannot_go_on_reading_ends_all",
+    "dynamic_scale_goes_on_from_a_dynamic_one_alone",
     "pickles_are_never_executed",
 ]
 

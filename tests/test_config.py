@@ -289,6 +289,16 @@ def test_overrides_are_yaml_and_the_last_one_holds(recipe_file: Path) -> None:
             "--set data.path.x=3: data.path is the value 'shards', so nothing can be set below it",
         ),
         ("name=a/b", "name: 'a/b'"),
+        ("name=..", "name: '..'"),
+        # YAML 1.1 reads these two as 8 and 90
+        ("train.max_steps=010", "train.max_steps: '010': input should be a valid integer"),
+        ("train.max_steps=1:30", "train.max_steps: '1:30': input should be a valid integer"),
+        ("Model.moe.num_zero=1", "did you mean model? (from --set Model.moe.num_zero=1)"),
+        ("deepspeed=~nobody-here/x", "deepspeed: ~nobody-here/x: "),
+        ("deepspeed=" + "x" * 5000, "was not found; tried, in this order"),
+        ("train.max_steps=" + "[" * 5000, "the value is not valid YAML: it is nested too deeply"),
+        ("data.mixture=&a {x: *a}", "mixture is nested deeper than 16 levels"),
+        ("data.mixture=3", "data.mixture: mixture is 3; name a preset"),
     ],
 )
 def test_bad_values_are_refused_in_words(recipe_file: Path, override: str, words: str) -> None:

@@ -201,6 +201,25 @@ def test_ten_bad_lines_are_always_allowed_and_a_share_of_a_long_file(tmp_path: P
     assert build(tmp_path / "long", tokenizer, raw).manifest.files[0].bad_lines == 12
 
 
+def test_many_small_files_of_bad_lines_stop_the_build(tmp_path: Path, tokenizer: Path) -> None:
+    for number in range(3):
+        raw = pile_only(tmp_path, b"bad\n" * 4, f"{number}.jsonl")
+    with pytest.raises(DataError, match=r"pile: 12 of 12 lines are no documents, more than 10 .* --max-bad-share"):
+        build(tmp_path / "out", tokenizer, raw)
+    assert not (tmp_path / "out/manifest.json").exists()
+    assert build(tmp_path / "out", tokenizer, raw, max_bad_share=1.0).kept == 3
+
+
+def test_a_set_inside_a_corpus_is_refused(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = pile_only(tmp_path, lines_of(["w1"]))
+    (tmp_path / "link").symlink_to(tmp_path / "pile")
+    monkeypatch.chdir(tmp_path)
+    for out in (raw["pile"], raw["pile"] / "new/out", tmp_path / "link/out", Path("pile/train")):
+        with pytest.raises(DataError, match=r"lies in the folder of --pile, .*; build into a folder outside"):
+            build(out, tokenizer, raw)
+    assert not (tmp_path / "pile/new").exists()
+
+
 def test_a_file_without_documents_is_recorded_and_has_no_shard(tmp_path: Path, tokenizer: Path) -> None:
     report = build(tmp_path / "out", tokenizer, pile_only(tmp_path, b"bad\n"))
     assert report.manifest.files[0].train == SplitRecord()

@@ -114,6 +114,7 @@ def test_show(folder: Path) -> None:
     out = passes("show", folder / "set", *options)
     assert "row 3 · " in out and "row 4 · " in out and "end of document" in out
     assert "fewer than one row of 2048 + 1" in fails("show", folder / "set", "--mixture", MIXTURE)
+    assert "unknown mixture 'strategy_3'" in fails("show", folder / "set", "--mixture", "strategy_3")
 
 
 def test_input_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
@@ -125,6 +126,8 @@ def test_input_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
     assert "cannot read the tokenizer" in fails(
         "build", tmp_path / "set", "--tokenizer", tmp_path / "no", "--pile", folder / "raw/pile"
     )
+    (tmp_path / "file").touch()
+    assert "File exists" in fails("build", tmp_path / "file", *tokenizer, "--pile", folder / "raw/pile")
 
 
 def test_help_names_every_command() -> None:

@@ -51,6 +51,10 @@ def test_other_sums_are_scaled_with_a_notice() -> None:
     assert flat.notice == "mixture weights sum to 4; they were scaled to sum to 1"
 
 
+SELF_REFERENCE: dict[str, Any] = {}
+SELF_REFERENCE["x"] = SELF_REFERENCE  # what the YAML `&a {x: *a}` makes
+
+
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
@@ -73,6 +77,8 @@ def test_other_sums_are_scaled_with_a_notice() -> None:
         ({"": 1}, "mixture key '' under the top is no source name"),
         ({"a": {"/b": 1}}, "mixture key '/b' under a is no source name"),
         ({1: 1}, "mixture key 1 under the top is no source name"),
+        ({"a": 10**400, "b": 1}, "mixture weight of 'a' is over 1e+18; use shares"),
+        (SELF_REFERENCE, "mixture is nested deeper than 16 levels at x/x/x..."),
     ],
 )
 def test_bad_mixtures_are_refused(mixture: Any, message: str) -> None:
@@ -121,3 +127,10 @@ def test_config_defaults_and_strictness() -> None:
 def test_config_refuses(values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         DataConfig(**{"path": "shards", **values})
+
+
+@pytest.mark.parametrize("mixture", [None, ["a"], 3])
+def test_a_mixture_of_another_type_is_named_once(mixture: Any) -> None:
+    with pytest.raises(ValidationError, match="1 validation error for DataConfig\nmixture\n.* name a preset") as error:
+        DataConfig(path="shards", mixture=mixture)
+    assert f"mixture is {mixture!r}" in str(error.value)

@@ -150,7 +150,7 @@ def step_rows(batches: list[Batch]) -> dict[int, list[int]]:
     return {
         batch.row_start + place: row
         for batch in batches
-        for place, row in enumerate(batch.tokens_BS.tolist())
+        for place, row in enumerate(batch.tokens_BS1.tolist())
     }
 
 
@@ -177,8 +177,8 @@ def one_step(world: int, micro: int, state: dict[str, Any] | None) -> tuple[list
             IndexRows(), rank=rank, world=world, batch_rows=840, micro_batch_size=micro, state=state
         ) as loader:
             for batch in next(loader):
-                assert batch.tokens_BS[:, 0].tolist() == list(range(batch.row_start, batch.row_start + micro))
-                indices += batch.tokens_BS[:, 0].tolist()
+                assert batch.tokens_BS1[:, 0].tolist() == list(range(batch.row_start, batch.row_start + micro))
+                indices += batch.tokens_BS1[:, 0].tolist()
             states.append(loader.state())
     assert all(state == states[0] for state in states)
     return sorted(indices), states[0]
@@ -231,9 +231,9 @@ def test_micro_batches_are_fixed_groups_of_consecutive_rows(made: Path) -> None:
     assert [batch.row_start for batch in batches] == [18, 22]
     for batch in batches:
         indices = np.arange(batch.row_start, batch.row_start + 2)
-        assert np.array_equal(batch.tokens_BS, stream.rows(indices))
+        assert np.array_equal(batch.tokens_BS1, stream.rows(indices))
         assert np.array_equal(batch.source_B, stream.sources(indices))
-        assert batch.tokens_BS.dtype == np.int64 and batch.tokens_BS.flags.writeable
+        assert batch.tokens_BS1.dtype == np.int64 and batch.tokens_BS1.flags.writeable
 
 
 def test_state_counts_what_was_consumed_not_what_was_fetched(made: Path) -> None:

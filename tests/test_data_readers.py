@@ -130,6 +130,21 @@ def test_hidden_and_other_files_are_not_data_but_links_are(tmp_path):
         labels("dolma", root)
 
 
+def test_what_cannot_be_read_or_would_be_read_twice_is_named(tmp_path):
+    root = touch(tmp_path, "wiki/a.jsonl")
+    (root / "latest").symlink_to(root / "wiki")
+    with pytest.raises(DataError, match=r"latest/a.jsonl and .*wiki/a.jsonl are links to one file"):
+        labels("dolma", root)
+    (root / "latest").unlink()
+    (root / "b.jsonl").symlink_to(root / "gone.jsonl")
+    with pytest.raises(DataError, match=r"b.jsonl is a broken link or no regular file"):
+        labels("dolma", root)
+    (root / "b.jsonl").unlink()
+    os.mkfifo(root / "c.jsonl")
+    with pytest.raises(DataError, match=r"c.jsonl is a broken link or no regular file"):
+        labels("dolma", root)
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "b.jsonl.xz", "c.jsonl.zst.part", "d.gz", "E.TAR"])
 def test_data_in_another_form_is_an_error_rather_than_passed_over(tmp_path, name):
     touch(tmp_path, "good.jsonl")

@@ -139,6 +139,14 @@ def test_huggingface_end_that_a_text_could_forge_is_refused(tmp_path):
         load_tokenizer(path, eos="ab")
 
 
+def test_huggingface_text_outside_the_vocabulary_is_an_error(tmp_path):
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=r"cannot encode a text \(.*UNK.*\); use one whose vocabulary covers"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_huggingface_vocabulary_with_holes_counts_to_its_largest_id(tmp_path):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: 10 * i for i, token in enumerate([*alphabet, "ab"])}

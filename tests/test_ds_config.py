@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import CSVConfig, DeepSpeedMonitorConfig, WandbConfig
 from deepspeed.runtime import constants
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
@@ -23,8 +24,9 @@ SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 def recipe_with(tmp_path: Path, config: Any, overrides: tuple[str, ...] = ()) -> Recipe:
     file = tmp_path / "ds.json"
     file.write_text(config if isinstance(config, str) else json.dumps(config))
-    # 32 rows of 256 tokens, micro batches of 4 rows
-    return load_recipe(ROOT / "launch" / "recipes" / "quickstart.yaml", [f"deepspeed={file}", *overrides])
+    layout = ("data.seq_len=256", "train.batch_tokens=8192", "train.micro_batch_size=4")  # 32 rows, by 4
+    recipe = ROOT / "launch" / "recipes" / "quickstart.yaml"
+    return load_recipe(recipe, [f"deepspeed={file}", *layout, *overrides])
 
 
 def test_recipe_fills_in_what_it_owns(tmp_path: Path) -> None:
@@ -168,6 +170,14 @@ GOOD = {"stage": 2}
             "{file}: zero_optimization.reduce_bucket_size: Input",
         ),
         (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": True}},
+            "{file}: zero_optimization.reduce_bucket_size: True is no number of elements; use 1 or more",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "allgather_bucket_size": 0}},
+            "{file}: zero_optimization.allgather_bucket_size: 0 is no number of elements; use 1 or more",
+        ),
+        (
             {"zero_optimization": GOOD, "comms_logger": {"enabled": "perhaps"}},
             "{file}: comms_logger.enabled: Input",
         ),
@@ -181,6 +191,7 @@ GOOD = {"stage": 2}
         ),
         ('{"a": }', "{file}: is not valid JSON: Expecting value: line 1 column 7"),
         ("[]", "{file}: a DeepSpeed configuration is a JSON object, not list"),
+        ("[" * 5000, "{file}: is not valid JSON: "),
     ],
 )
 def test_what_a_json_may_not_say(tmp_path: Path, config: Any, words: str) -> None:
@@ -238,7 +249,7 @@ def test_installed_deepspeed_knows_every_accepted_and_owned_name() -> None:
     """A name that DeepSpeed dropped would be ignored in silence; an upgrade that drops one fails here."""
     top = {value for value in vars(constants).values() if isinstance(value, str)} | {ZERO_OPTIMIZATION}
     # named in the modules that read them
-    elsewhere = {"comms_logger", "activation_checkpointing", "tensorboard"}
+    elsewhere = {"comms_logger", "activation_checkpointing", *DeepSpeedMonitorConfig.model_fields}
     assert {name for name in ACCEPTED[""] if name not in top} <= elsewhere
     assert {name for name in OWNED if "." not in name and name not in top} <= elsewhere
     assert constants.GRAD_ACCUM_DTYPE in ACCEPTED["data_types"]
@@ -246,6 +257,8 @@ def test_installed_deepspeed_knows_every_accepted_and_owned_name() -> None:
         ("zero_optimization", DeepSpeedZeroConfig),
         ("fp16", DeepSpeedFP16Config),
         ("comms_logger", CommsLoggerConfig),
+        ("csv_monitor", CSVConfig),
+        ("wandb", WandbConfig),
     ):
         assert set(ACCEPTED[section]) <= model.model_fields.keys()
     assert {"enabled", "check_grad_overflow"} <= DeepSpeedBF16Config.model_fields.keys()

@@ -156,11 +156,13 @@ def test_a_killed_process_leaves_metrics_and_curves(tmp_path: Path) -> None:
         "import os, sys, pathlib; from moepp_ds.monitor import RunFolder\n"
         "folder = RunFolder(pathlib.Path(sys.argv[1]), tensorboard=True, resumed_step=0)\n"
         "folder.record({'step': 1, 'loss': 2.5})\n"
+        "folder.sync()\n"
+        "folder.record({'step': 2, 'loss': float('inf')})\n"
         "os.kill(os.getpid(), 9)\n"
     )
     killed = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, check=False)
     assert killed.returncode == -9
-    assert recorded(tmp_path) == [{"step": 1, "loss": 2.5}]
+    assert recorded(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]  # JSON has no infinity
     assert curve(tmp_path, "train/loss") == [(1, 2.5)]
 
 

@@ -69,4 +69,4 @@ def test_training_is_strategy_1(size: str) -> None:
 def test_quickstart_is_what_the_script_expects() -> None:
     recipe = load_recipe(RECIPES / "quickstart.yaml")
     assert (recipe.parallel.expert_parallel, recipe.train.precision) == (2, "bf16")
-    assert recipe.arithmetic(2)[3] == "4 rows x 256 tokens x 4 steps x 2 ranks = 8,192 tokens per update"
+    assert recipe.arithmetic(2)[3] == "8 rows x 256 tokens x 1 steps x 2 ranks = 4,096 tokens per update"

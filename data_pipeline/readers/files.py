@@ -27,6 +27,7 @@ def data_files(root: Path) -> list[tuple[str, str]]:
         raise DataError(f"the corpus folder {root} {problem}")
     root = Path(os.path.abspath(root))
     names = sorted(_walk(root, "", (os.path.realpath(root),)))
+    _refuse_doubled(root, names)
     unreadable = [name for name in names if container_of(name) is None]
     if unreadable:
         raise DataError(
@@ -36,6 +37,17 @@ def data_files(root: Path) -> list[tuple[str, str]]:
     if not names:
         raise DataError(f"no corpus files below {root}: none ends in {', '.join(SUFFIXES)}; check the path")
     return [(str(root / name), name) for name in names]
+
+
+def _refuse_doubled(root: Path, names: list[str]) -> None:
+    """Refuse a file that two names lead to (a folder linked beside itself): its tokens would count twice."""
+    first: dict[str, str] = {}
+    for name in names:
+        other = first.setdefault(os.path.realpath(root / name), name)
+        if other != name:
+            raise DataError(
+                f"{root / other} and {root / name} are links to one file, which would be read twice; remove one"
+            )
 
 
 def _walk(folder: Path, prefix: str, ancestors: tuple[str, ...]) -> list[str]:
@@ -52,6 +64,8 @@ def _walk(folder: Path, prefix: str, ancestors: tuple[str, ...]) -> list[str]:
             names += _walk(Path(entry.path), name + "/", (*ancestors, real))
         elif container_of(name) or name.lower().endswith(UNREADABLE_SUFFIXES):
             names.append(_checked_name(name, folder))
+            if not entry.is_file():
+                raise DataError(f"{entry.path} is a broken link or no regular file; mend or remove it")
     return names
 
 

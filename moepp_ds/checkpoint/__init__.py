@@ -14,11 +14,10 @@ rank that loads reads whatever ranges it now owns.
     checkpoints/latest                    the name of the newest complete one
 
 What fails on one rank fails on all: a save that fails leaves the checkpoints before it as they were, and a
-load that is refused has changed nothing. Nothing is pickled, and loading runs no code from the files.
+load that is refused has changed nothing. No file holds a pickle, and loading runs no code from the files.
 
 * `fragments` the live optimizer as fragments, the one part that knows DeepSpeed
 * `files`     the format on disk
-* `errors`    CheckpointError, and how all ranks learn what one of them found
 """
 
 from __future__ import annotations
@@ -30,9 +29,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moepp_ds.checkpoint.errors import CheckpointError, all_or_none
+from moepp_ds.agreement import agreed_message, all_or_none, gather
 from moepp_ds.checkpoint.files import (
+    CheckpointError,
     check_whole,
+    delete_old,
     find_checkpoint,
     find_pieces,
     publish,
@@ -58,28 +59,32 @@ def save_checkpoint(engine: Any, root: Path, *, step: int, facts: Mapping[str, A
     """Write a checkpoint of update `step` from all ranks; return its folder. Collective.
 
     facts: what else belongs to the run (recipe, data position, versions), stored in the index as JSON.
-    keep: complete checkpoints that stay, this one included; older ones are deleted after `latest` has moved.
+    keep: complete checkpoints that stay, this one included; older ones are deleted after `latest` has moved, and a
+    warning tells of those that cannot be.
     Raises CheckpointError on every rank when one of them cannot write; earlier checkpoints stay as they are.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
+    file = partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
     try:
-        with all_or_none():
+        with all_or_none(CheckpointError):
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        with all_or_none():
+        with all_or_none(CheckpointError):
+            partial.mkdir(parents=True, exist_ok=True)
             tensors = {
                 (kind, fragment.name, fragment.start): tensor
                 for fragment in owned_fragments(engine)
                 for kind, tensor in fragment.tensors.items()
             }
-            write_fragments(partial / f"rank-{rank:05d}-of-{world:05d}.safetensors", tensors)
-        with all_or_none():
+            note = write_fragments(file, tensors)
+        files = dict(gather((file.name, note)))  # not from the folder's listing, which another node may see late
+        with all_or_none(CheckpointError):
             if rank == 0:
                 shapes = global_shapes(engine)
-                write_index(partial, {"step": step, **optimizer_facts(engine), **facts, "parameters": shapes})
-                publish(partial, final, keep=keep)
+                write_index(partial, {"step": step, **optimizer_facts(engine), **facts, "parameters": shapes}, files)
+                publish(partial, final)
+                delete_old(final, keep=keep)
     except CheckpointError as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -90,24 +95,36 @@ def save_checkpoint(engine: Any, root: Path, *, step: int, facts: Mapping[str, A
 def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any]:
     """Load weights and optimizer state into the engine, on any layout; return the index. Collective.
 
-    Before anything is changed, every file is checked against its checksums (each rank checks its share of the
-    files), and every parameter is found to be there as a whole.
+    Before anything is changed, the ranks are found to see the same checkpoint, every file is checked against its
+    checksums (each rank checks its share of the files), and every parameter is found to be there as a whole.
+    Raises CheckpointError on every rank. A load that is refused by these checks has changed nothing; one that fails
+    after them, reading, leaves some fragments changed: the engine cannot be used then.
     """
     shapes = global_shapes(engine)
-    with all_or_none():
+    with all_or_none(CheckpointError):
         index = read_index(folder)
         if shapes != index["parameters"]:
             differences = shape_differences(index["parameters"], shapes)
             raise CheckpointError(f"{folder} holds another model:\n{differences}")
-    with all_or_none():
+    _check_same_for_all(folder, index)
+    with all_or_none(CheckpointError):
         verify_files(folder, index["files"], rank=dist.get_rank(), world=dist.get_world_size())
-    with all_or_none():
+    with all_or_none(CheckpointError):
         pieces = find_pieces(folder, index["files"])
         check_whole(pieces, shapes, KINDS)
-    for fragment in owned_fragments(engine):
-        for kind, tensor in fragment.tensors.items():
-            read_range(tensor, fragment.start, pieces[kind, fragment.name])
-    restore_optimizer_facts(engine, index)
+    with all_or_none(CheckpointError):
+        for fragment in owned_fragments(engine):
+            for kind, tensor in fragment.tensors.items():
+                read_range(tensor, fragment.start, pieces[kind, fragment.name])
+        restore_optimizer_facts(engine, index)
     engine.optimizer.update_lp_params()
     engine.global_steps = index["step"]
     return index
+
+
+def _check_same_for_all(folder: Path, index: Mapping[str, Any]) -> None:
+    """Refuse to mix two checkpoints, such as the one before and the one after a save that some node sees late."""
+    seen = gather((index["checksum"], f"update {index['step']} in {folder}, checksum {index['checksum']}"))
+    if len({checksum for checksum, _ in seen}) > 1:
+        lines = agreed_message([description for _, description in seen])
+        raise CheckpointError(f"the ranks see different checkpoints; name one with --resume PATH:\n{lines}")

@@ -6,20 +6,26 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moepp_ds.checkpoint.errors import CheckpointError
-
 FORMAT = 1
 CHUNK_BYTES = 16 * 2**20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, is missing or damaged, or is of another run."""
 
 
 @dataclass(frozen=True)
@@ -32,42 +38,92 @@ class Piece:
     file: Path
 
 
-def write_fragments(file: Path, tensors: Mapping[tuple[str, str, int], Tensor]) -> None:
-    """Write 1-D tensors by (kind, parameter, start), and beside the file a note of its size and checksums."""
-    named = {"|".join(map(str, key)): tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+def write_fragments(file: Path, tensors: Mapping[tuple[str, str, int], Tensor]) -> dict[str, Any]:
+    """Write 1-D tensors by (kind, parameter, start); return the file's note for the index: size and checksums.
+
+    What the disk then holds is compared with the tensors bit for bit, before the checksums make it the truth.
+    """
+    named = {"|".join(map(str, key)): tensor.detach() for key, tensor in tensors.items()}
     try:
-        save_file(named, file)
+        save_file({key: tensor.cpu().contiguous() for key, tensor in named.items()}, file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} cannot be written: {error}") from error
-    _fsync(file)
-    note = {"bytes": file.stat().st_size, "chunks": _checksums(file)}
-    file.with_suffix(".json").write_text(json.dumps(note))
+    _fsync(file, forget=True)
+    try:
+        damaged = _first_difference(file, named)
+    except SafetensorError as error:
+        damaged = f"its header ({error})"
+    if damaged:
+        raise CheckpointError(f"{file} does not hold what was written to it: {damaged}; check its disk and the memory")
+    return {"bytes": file.stat().st_size, "chunks": _checksums(file)}
 
 
-def write_index(folder: Path, content: Mapping[str, Any]) -> None:
-    """Gather the notes of all ranks into index.json; with it the folder is a complete checkpoint."""
-    files = {}
-    for note in sorted(folder.glob("rank-*.json")):
-        files[note.with_suffix(".safetensors").name] = json.loads(note.read_text())
-        note.unlink()
+def _first_difference(file: Path, tensors: Mapping[str, Tensor]) -> str | None:
+    """The first part of a file that is not what was written, in 16 MiB pieces; None if it holds just the tensors."""
+    with safe_open(file, framework="pt") as stored:
+        if set(stored.keys()) != tensors.keys():
+            return "its header"
+        for key, tensor in tensors.items():
+            values, step = stored.get_slice(key), CHUNK_BYTES // tensor.element_size()
+            if values.get_shape() != [tensor.numel()]:
+                return key
+            for start in range(0, tensor.numel(), step):
+                found, meant = values[start : start + step], tensor[start : start + step].cpu()
+                if found.dtype != meant.dtype or not torch.equal(found.view(torch.uint8), meant.view(torch.uint8)):
+                    return key
+    return None
+
+
+def write_index(folder: Path, content: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Write index.json with the notes of all ranks' files; with it the folder is a complete checkpoint.
+
+    The files must be visible from here, in their sizes: ranks that do not share the folder are found out.
+    """
+    for name, note in files.items():
+        problem = _size_problem(folder / name, note["bytes"])
+        if problem:
+            raise CheckpointError(f"{problem}, as rank 0 sees it; the run folder must be one that all nodes share")
     _write(folder / "index.json", _index_text({"format": FORMAT, **content, "files": files}))
 
 
-def publish(partial: Path, final: Path, *, keep: int) -> None:
-    """Give a complete checkpoint its name, then move `latest`, and then delete what is not wanted now."""
-    root, replaced = final.parent, partial.with_suffix(".replaced")
+def publish(partial: Path, final: Path) -> None:
+    """Give a complete checkpoint its name, and then move `latest`."""
     if final.exists():  # a run that was resumed from an earlier checkpoint comes by here again
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
+        _set_aside(final)
     partial.rename(final)
-    _fsync(root)
-    _write(root / "latest", final.name + "\n")
-    for folder in root.glob(".step-*"):  # also what a killed run left half-written
-        shutil.rmtree(folder)
-    # Later steps are of the part of the run that a resumed one left behind: they do not count, and they stay.
-    complete = [folder for folder in sorted(root.glob("step-*")) if (folder / "index.json").exists()]
-    for folder in complete[: complete.index(final) + 1][:-keep]:
-        shutil.rmtree(folder)
+    _fsync(final.parent)
+    _write(final.parent / "latest", final.name + "\n")
+
+
+def delete_old(newest: Path, *, keep: int) -> None:
+    """Delete checkpoints before the newest one but for `keep`, it included, and what is left of unfinished saves.
+
+    What cannot be deleted is warned of and stays; the next save tries again.
+    """
+    root = newest.parent
+    with _only_warned():
+        # Later steps are of the part of the run that a resumed one left behind: they do not count, and they stay.
+        complete = [folder for folder in sorted(root.glob("step-*")) if (folder / "index.json").exists()]
+        for folder in complete[: complete.index(newest) + 1][:-keep]:
+            with _only_warned():
+                _set_aside(folder)
+        for folder in root.glob(".step-*"):
+            with _only_warned():
+                shutil.rmtree(folder)
+
+
+def _set_aside(folder: Path) -> None:
+    """Hide a checkpoint under a name that is free, for deletion: a half-deleted one is never seen as a checkpoint."""
+    names = (folder.with_name(f".{folder.name}.old-{number}") for number in count())
+    folder.rename(next(path for path in names if not path.exists()))
+
+
+@contextmanager
+def _only_warned() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"an old checkpoint cannot be deleted: {error}; the next save tries again", stacklevel=3)
 
 
 def find_checkpoint(root: Path) -> Path | None:
@@ -84,7 +140,7 @@ def find_checkpoint(root: Path) -> Path | None:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a checkpoint; refuses folders that are none, other formats, and a changed index."""
+    """The index of a checkpoint, its checksum included; refuses other folders and formats, and a changed index."""
     path = folder / "index.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it holds no index.json")
@@ -98,7 +154,6 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {found}, this version reads {FORMAT}; use the version that wrote it"
         )
-    index.pop("checksum", None)
     if text != _index_text(index):
         raise CheckpointError(f"{path} does not match its checksum; resume from another checkpoint")
     return index
@@ -106,22 +161,27 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 def _index_text(content: Mapping[str, Any]) -> str:
     """The index as it is stored: exactly one text for a content, with the checksum of the rest at its end."""
-    checksum = _digest(json.dumps(content, indent=1).encode())
-    return json.dumps({**content, "checksum": checksum}, indent=1) + "\n"
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    checksum = _digest(json.dumps(rest, indent=1).encode())
+    return json.dumps({**rest, "checksum": checksum}, indent=1) + "\n"
 
 
 def verify_files(folder: Path, files: Mapping[str, Any], *, rank: int, world: int) -> None:
     """Compare one rank's share of the files, every world-th one, with the index's sizes and checksums."""
     for name in sorted(files)[rank::world]:
-        path, expected, problem = folder / name, files[name], ""
-        if not path.is_file():
-            problem = f"{path} is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            problem = f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        elif _checksums(path) != expected["chunks"]:
+        path, expected = folder / name, files[name]
+        problem = _size_problem(path, expected["bytes"])
+        if not problem and _checksums(path) != expected["chunks"]:
             problem = f"{path} does not match its checksums"
         if problem:
             raise CheckpointError(f"{problem}; resume from another checkpoint with --resume PATH")
+
+
+def _size_problem(path: Path, size: int) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    found = path.stat().st_size
+    return None if found == size else f"{path} has {found} bytes instead of {size}"
 
 
 def find_pieces(folder: Path, files: Mapping[str, Any]) -> dict[tuple[str, str], list[Piece]]:
@@ -198,9 +258,12 @@ def _write(path: Path, text: str) -> None:
     _fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def _fsync(path: Path, *, forget: bool = False) -> None:
+    """Wait until the disk has it; `forget`: and what is read next comes from there, not from memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if forget:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)

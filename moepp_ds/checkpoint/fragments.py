@@ -76,22 +76,29 @@ def global_shapes(engine: Any) -> dict[str, list[int]]:
 def optimizer_facts(engine: Any) -> dict[str, Any]:
     """The optimizer's numbers that are the same on every rank.
 
-    updates: AdamW's count, behind the run's where fp16 skipped some. loss_scaler: all that moves its scale.
+    updates: AdamW's count, behind the run's where fp16 skipped some. loss_scaler: whether its scale is dynamic, and
+    all that moves it.
     """
     zero = engine.optimizer
     first = zero.single_partition_of_fp32_groups[0]
     scaler = vars(zero.loss_scaler)
     return {
         "updates": int(zero.optimizer.state[first].get("step", 0)),
-        "loss_scaler": {name: scaler[name] for name in _SCALER if name in scaler},
+        "loss_scaler": {
+            "dynamic": bool(zero.dynamic_loss_scale),
+            **{name: scaler[name] for name in _SCALER if name in scaler},
+        },
     }
 
 
 def restore_optimizer_facts(engine: Any, facts: Mapping[str, Any]) -> None:
-    """Put back what `optimizer_facts` returned."""
-    zero = engine.optimizer
+    """Put back what `optimizer_facts` returned; a dynamic scale goes on only from another dynamic one.
+
+    So fp16 that continues a bf16 run starts at its own first scale, and not at the 1 that bf16 stands for.
+    """
+    zero, scaler = engine.optimizer, facts["loss_scaler"]
     for flat in zero.single_partition_of_fp32_groups:
         zero.optimizer.state[flat]["step"].fill_(facts["updates"])
-    if zero.dynamic_loss_scale:
-        for name, value in facts["loss_scaler"].items():
-            setattr(zero.loss_scaler, name, value)
+    if zero.dynamic_loss_scale and scaler["dynamic"]:
+        for name in _SCALER:
+            setattr(zero.loss_scaler, name, scaler[name])

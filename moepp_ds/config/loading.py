@@ -1,6 +1,7 @@
 """From a YAML file and `--set a.b=c` to a Recipe, or one RecipeError that lists every problem.
 
-1. Read the file as YAML, numbers as YAML 1.2 writes them (5e-4 is a number), a key given twice refused.
+1. Read the file as YAML, numbers as YAML 1.2 writes them (5e-4 is a number; 010 and 1:30, which YAML 1.1 takes
+   for 8 and 90, are none), a key given twice refused.
 2. Lay the overrides over it; their values are YAML too.
 3. Fill in `name`, find the DeepSpeed JSON.
 4. Check everything at once, and say what is wrong in the user's words: dotted key, place, nearest valid key.
@@ -8,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,12 +37,29 @@ class _RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# PyYAML follows YAML 1.1, where 5e-4 and 1e11 lack the dot that makes them numbers, and are read as text.
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+# PyYAML follows YAML 1.1: 5e-4 and 1e11 lack the dot that makes them numbers, 010 is octal, 1:30 is sexagesimal
+# and 2024-01-01 a date. Plain decimal numbers take the place of all these.
+_DECIMAL = r"(?:0|[1-9][0-9_]*)"
+_NUMBERS = {
+    "tag:yaml.org,2002:int": rf"^[-+]?{_DECIMAL}$",
+    "tag:yaml.org,2002:float": (
+        rf"^(?:[-+]?(?:{_DECIMAL}(?:\.[0-9_]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+}
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in (*_NUMBERS, "tag:yaml.org,2002:timestamp")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _RecipeLoader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506  a SafeLoader by inheritance
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -80,7 +99,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot be read as a recipe: {error}") from None
     try:
-        raw = yaml.load(text, Loader=_RecipeLoader)  # noqa: S506  a SafeLoader by inheritance
+        raw = _parse(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: is not valid YAML: {_flat(error)}") from None
     if not isinstance(raw, dict):
@@ -96,7 +115,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(dotted.split(".")):
         raise RecipeError(f"--set {override}: write it as section.key=value, for example train.max_steps=100")
     try:
-        return dotted, yaml.load(text, Loader=_RecipeLoader)  # noqa: S506  a SafeLoader by inheritance
+        return dotted, _parse(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML: {_flat(error)}") from None
 
@@ -117,11 +136,14 @@ def _lay_over(raw: dict[str, Any], dotted: str, value: Any, override: str) -> No
 
 def _find(name: str, recipe: Path) -> Path:
     """Find a file that a recipe names: from the working folder, else the nearest folder above the recipe."""
-    wanted = Path(name).expanduser()
+    try:
+        wanted = Path(name).expanduser()
+    except RuntimeError as error:  # no such user
+        raise RecipeError(f"{recipe}: deepspeed: {name}: {error}") from None
     folders = [] if wanted.is_absolute() else [Path.cwd(), *recipe.resolve().parents]
     tried = [wanted] if wanted.is_absolute() else list(dict.fromkeys(folder / wanted for folder in folders))
     for candidate in tried:
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # False, unlike Path.is_file, for a name that is too long
             return candidate.resolve()
     looked = "\n  ".join(str(candidate) for candidate in tried)
     raise RecipeError(f"{recipe}: deepspeed: {name} was not found; tried, in this order:\n  {looked}")
@@ -131,9 +153,17 @@ def _describe(problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """Put one of pydantic's errors into a line: dotted key, what is wrong, where it was said."""
     loc = [str(part) for part in problem["loc"]]
     dotted = ".".join(loc)
-    said = next((origins[key] for key in origins if dotted == key or dotted.startswith(f"{key}.")), None)
+    unknown = problem["type"] == "extra_forbidden"  # then an override below it is what brought it in
+    said = next(
+        (
+            origins[key]
+            for key in origins
+            if dotted == key or dotted.startswith(f"{key}.") or unknown and key.startswith(f"{dotted}.")
+        ),
+        None,
+    )
     place = f" (from {said})" if said else ""
-    if problem["type"] == "extra_forbidden":
+    if unknown:
         return f"{dotted}: unknown key{_suggest(loc)}{place}"
     if problem["type"] == "missing":
         return f"{dotted}: is required and not given"

@@ -29,7 +29,7 @@ from moepp_ds.config.schema import (
 class Recipe(Section):
     """Everything that decides a run, except the machines it runs on."""
 
-    name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
+    name: str = Field(min_length=1, pattern=r"^[^/\\]*[^/\\.][^/\\]*$")
     """Name of the run and of its folder; the recipe's file name without its ending when not given."""
 
     deepspeed: str = Field(min_length=1)

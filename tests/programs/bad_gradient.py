@@ -26,7 +26,7 @@ def main() -> None:
     batch_rows, micro = recipe.batch_rows, recipe.train.micro_batch_size
     with Loader(stream, rank=ranks.rank, world=2, batch_rows=batch_rows, micro_batch_size=micro) as loader:
         try:
-            update(engine, next(loader), ranks, rate=1e-3, stop=False)
+            update(engine, next(loader), ranks, rate=1e-3, num_sources=7, stop=lambda: False)
             said = "nothing"
         except NonFiniteError as error:
             said = str(error)

@@ -17,18 +17,20 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors import safe_open
 from torch import Tensor
 
 from moepp_ds.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, read_index, save_checkpoint
 from moepp_ds.checkpoint.files import write_fragments, write_index
+from moepp_ds.checkpoint.fragments import optimizer_facts
 from moepp_ds.engine import join_ranks
 from tests.programs import checks, tiny
 
@@ -158,34 +160,82 @@ def two_ranks_load_what_one_saved() -> None:
 # -- publishing ------------------------------------------------------------------------------------------------
 
 
-RENAMES: list[str] | None = None
+Watcher = Callable[[str, list[str]], object]
+WATCHERS: list[Watcher] = []
 
 
-def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if RENAMES is not None and event in ("os.rename", "shutil.rmtree"):
+def _tell_watchers(event: str, arguments: tuple[Any, ...]) -> None:
+    if WATCHERS and event in ("open", "os.rename", "shutil.rmtree"):
         names = [Path(os.fspath(path)).name for path in arguments[:2] if isinstance(path, (str, os.PathLike))]
-        RENAMES.append(f"{event.split('.')[1]} {' '.join(names)}")
+        for watcher in list(WATCHERS):
+            watcher(event.rpartition(".")[2], names)
+
+
+sys.addaudithook(_tell_watchers)
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Show the watcher what this rank does to which names, just before; what it raises comes from that call."""
+    WATCHERS.append(watcher)
+    try:
+        yield
+    finally:
+        WATCHERS.remove(watcher)
 
 
 def latest_moves_last() -> None:
-    global RENAMES
     _, engine = trained(2, 1)
-    root = FOLDER / "order"
+    root, seen = FOLDER / "order", []
     save(engine, root, 1)
-    sys.addaudithook(_watch)
-    RENAMES = []
-    save(engine, root, 2, keep=1)
-    seen, RENAMES = RENAMES, None
+
+    def note(event: str, names: list[str]) -> None:
+        if event != "open":
+            seen.append(f"{event} {' '.join(names)}")
+
+    with watching(note):
+        save(engine, root, 2, keep=1)
     if RANKS.is_first:
         assert seen == [
             "rmtree .step-00000002.partial",
             "rename .index.json.partial index.json",
             "rename .step-00000002.partial step-00000002",
             "rename .latest.partial latest",
-            "rmtree step-00000001",
+            "rename step-00000001 .step-00000001.old-0",
+            "rmtree .step-00000001.old-0",
         ], seen
     else:
         assert seen == []
+
+
+def old_one_that_cannot_be_deleted_is_warned_of_and_tried_again() -> None:
+    _, engine = trained(2, 1)
+    root = FOLDER / "stuck"
+    save(engine, root, 1)
+    stuck = ("rename", "step-00000001")
+
+    def refuse(event: str, names: list[str]) -> None:
+        if (event, names[0]) == stuck:
+            raise PermissionError(f"{event} {names[0]} is not allowed")
+
+    def save_warned(step: int, said: str) -> None:
+        text = f"{said}; the next save tries again"
+        warned = pytest.warns(UserWarning, match=text) if RANKS.is_first else nullcontext()
+        with warned, watching(refuse):
+            assert save(engine, root, step, keep=1) == find_checkpoint(root)
+        dist.barrier()
+
+    save_warned(2, "step-00000001 is not allowed")
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+    stuck = ("rmtree", ".step-00000001.old-0")
+    save_warned(3, "old-0 is not allowed")
+    assert sorted(path.name for path in root.iterdir()) == [".step-00000001.old-0", "latest", "step-00000003"]
+    stuck = ("rmtree", ".step-00000003.old-0")
+    save_warned(3, "old-0 is not allowed")  # saved again, by a resumed run
+    assert sorted(path.name for path in root.iterdir()) == [".step-00000003.old-0", "latest", "step-00000003"]
+    dist.barrier()
+    save(engine, root, 3, keep=1)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000003"]
 
 
 def old_ones_are_deleted_and_later_ones_do_not_count() -> None:
@@ -261,6 +311,37 @@ def failed_save_is_known_to_all_ranks_and_leaves_the_one_before() -> None:
     assert save(engine, root, 2) == find_checkpoint(root)
 
 
+def bytes_that_change_on_the_way_to_the_disk_are_found() -> None:
+    _, engine = trained(2, 1)
+    root = FOLDER / "changed"
+    folder = save(engine, root, 1)
+    for place, where in ((-5, r"exp_avg|weight"), (12, "header")):
+        changed = False
+
+        def change(event: str, names: list[str]) -> None:
+            nonlocal changed
+            if event == "open" and names[0] == SECOND and not changed:  # written, and not yet synced
+                changed = True
+                flip(root / ".step-00000002.partial" / SECOND, place)
+
+        message = rf"no checkpoint of update 2: rank 1: .*{SECOND} does not hold what was written to it: .*({where})"
+        with pytest.raises(CheckpointError, match=message), watching(change):
+            save(engine, root, 2)
+        assert changed == (RANKS.rank == 1)
+        dist.barrier()
+        assert find_checkpoint(root) == folder
+        assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
+        dist.barrier()
+
+
+def ranks_that_do_not_share_the_folder_are_found_out() -> None:
+    _, engine = trained(2, 1)
+    message = f"no checkpoint of update 1: rank 0: .*{SECOND} is missing, as rank 0 sees it; the run folder must be one"
+    with pytest.raises(CheckpointError, match=message):
+        save(engine, FOLDER / f"local-{RANKS.rank}", 1)
+    assert find_checkpoint(FOLDER / f"local-{RANKS.rank}") is None
+
+
 def folder_that_cannot_be_made() -> None:
     _, engine = trained(2, 1)
     on_first(lambda: (FOLDER / "occupied").write_text("a file"))
@@ -323,13 +404,12 @@ def _without(folder: Path, key: str) -> None:
     _rewrite(folder, lambda: write_fragments(folder / SECOND, kept))
 
 
-def _rewrite(folder: Path, change: Callable[[], object]) -> None:
-    """Change files and make the index fit them."""
+def _rewrite(folder: Path, change: Callable[[], dict[str, Any]]) -> None:
+    """Change the second file, and make the index fit what `change` returns as its note."""
     index = read_index(folder)
-    for file, note in index.pop("files").items():
-        (folder / file).with_suffix(".json").write_text(json.dumps(note))
-    change()
-    write_index(folder, index)
+    files = index.pop("files")
+    files[SECOND] = change()
+    write_index(folder, index, files)
 
 
 def missing_fragment() -> None:
@@ -388,6 +468,56 @@ def folder_that_is_no_checkpoint() -> None:
         find_checkpoint(root)
 
 
+def ranks_that_see_different_checkpoints() -> None:
+    """Both whole, of the same update and model: as where one node still sees what another has replaced."""
+    asked = tiny.recipe("train.seed=7", expert_parallel=2)
+    engine = tiny.engine_for(asked, RANKS)
+    before = tiny.global_arrays(engine)
+    folder = (ONE if RANKS.is_first else TWO_BY_TWO) / "step-00000003"
+    message = (
+        r"^the ranks see different checkpoints; name one with --resume PATH:\n"
+        r"rank 0: update 3 in .*/one/step-00000003, checksum \w{32}\n"
+        r"rank 1: update 3 in .*/two_by_two/step-00000003, checksum \w{32}$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(engine, folder)
+    tiny.same(tiny.global_arrays(engine), before)
+
+
+def one_rank_that_cannot_go_on_reading_ends_all() -> None:
+    engine = tiny.engine_for(tiny.recipe(expert_parallel=2), RANKS)
+    if RANKS.rank == 1:
+        flat = engine.optimizer.single_partition_of_fp32_groups[0]
+        engine.optimizer.optimizer.state[flat]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(CheckpointError, match="^rank 1: .*exceeds dimension size"):
+        load_checkpoint(engine, TWO_BY_TWO / "step-00000003")
+
+
+def dynamic_scale_goes_on_from_a_dynamic_one_alone() -> None:
+    """fp16 itself needs a GPU; its scaler does not."""
+
+    def scaled(folder: Path | None, scale: float) -> Any:
+        asked = tiny.recipe(expert_parallel=2, precision="bf16")
+        engine = tiny.engine_for(asked, RANKS)
+        engine.optimizer.loss_scaler = DynamicLossScaler(scale, 2.0, 1000, 1.0, 2, False)
+        engine.optimizer.dynamic_loss_scale = True
+        if folder:
+            load_checkpoint(engine, folder)
+        return engine
+
+    _, fixed = trained(2, 0, "bf16")
+    folder = save(fixed, FOLDER / "fixed_scale", 1)
+    assert read_index(folder)["loss_scaler"] == {"dynamic": False, "cur_scale": 1.0}
+    dynamic = scaled(folder, 512.0)
+    assert optimizer_facts(dynamic)["loss_scaler"]["cur_scale"] == 512.0
+    dynamic.optimizer.loss_scaler.cur_iter = 70
+    folder = save(dynamic, FOLDER / "dynamic_scale", 1)
+    expected = {"dynamic": True, "cur_scale": 512.0, "cur_iter": 70, "last_overflow_iter": -1, "cur_hysteresis": 2}
+    assert optimizer_facts(scaled(folder, 8.0))["loss_scaler"] == expected
+    _, again = resumed(2, folder, "bf16")
+    assert optimizer_facts(again)["loss_scaler"] == {"dynamic": False, "cur_scale": 1.0}
+
+
 class Bomb:
     """Unpickling it makes a file."""
 
@@ -410,11 +540,10 @@ def pickles_are_never_executed() -> None:
 
     def plant_inside(folder: Path) -> None:
         """A pickle for a file of fragments, with a checksum that is right."""
-        note = {"bytes": len(bomb), "chunks": [hashlib.blake2b(bomb, digest_size=16).hexdigest()]}
 
-        def change() -> None:
+        def change() -> dict[str, Any]:
             (folder / SECOND).write_bytes(bomb)
-            (folder / SECOND).with_suffix(".json").write_text(json.dumps(note))
+            return {"bytes": len(bomb), "chunks": [hashlib.blake2b(bomb, digest_size=16).hexdigest()]}
 
         _rewrite(folder, change)
 
@@ -438,9 +567,12 @@ PARTS: dict[str, list[Callable[[], None]]] = {
     "back": [
         two_ranks_load_what_one_saved,
         latest_moves_last,
+        old_one_that_cannot_be_deleted_is_warned_of_and_tried_again,
         old_ones_are_deleted_and_later_ones_do_not_count,
         half_written_folders_are_ignored_and_cleared,
         failed_save_is_known_to_all_ranks_and_leaves_the_one_before,
+        bytes_that_change_on_the_way_to_the_disk_are_found,
+        ranks_that_do_not_share_the_folder_are_found_out,
         folder_that_cannot_be_made,
         damaged_byte,
         truncated_file,
@@ -450,6 +582,9 @@ PARTS: dict[str, list[Callable[[], None]]] = {
         newer_format,
         damaged_index,
         folder_that_is_no_checkpoint,
+        ranks_that_see_different_checkpoints,
+        one_rank_that_cannot_go_on_reading_ends_all,
+        dynamic_scale_goes_on_from_a_dynamic_one_alone,
         pickles_are_never_executed,
     ],
 }

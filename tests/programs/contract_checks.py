@@ -219,7 +219,7 @@ def _spoiled(precision: str) -> None:
             if RANKS.rank == RANKS.world - 1:
                 hook = engine.module.get_parameter(victim).register_hook(lambda grad: grad * torch.nan)
             for batch in tiny.micro_batches(1)[RANKS.rank :: RANKS.world]:
-                engine.backward(engine(torch.from_numpy(batch.tokens_BS)).loss)
+                engine.backward(engine(torch.from_numpy(batch.tokens_BS1)).loss)
                 engine.step()
             where = f"{precision}, {ways} ways, {victim}"
             assert engine.optimizer.overflow is True, where

@@ -131,7 +131,7 @@ class PlainRun:
         self.optimizer.zero_grad()
         batches, total = micro_batches(step), 0.0
         for batch in batches:
-            loss = self.model(torch.from_numpy(batch.tokens_BS)).loss / len(batches)
+            loss = self.model(torch.from_numpy(batch.tokens_BS1)).loss / len(batches)
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))

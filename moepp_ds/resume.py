@@ -1,0 +1,74 @@
+"""Whether a run may go on, and from where: nothing here reads weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moepp_ds.agreement import all_or_none
+from moepp_ds.checkpoint import find_checkpoint
+from moepp_ds.config import Recipe, RecipeError
+from moepp_ds.engine import Ranks
+
+FIXED_AT_RESUME = ("train.batch_tokens", "train.micro_batch_size")
+"""Keys beside the model's that a resumed run must keep: capacity and balance are counted over micro batches."""
+
+
+def agree_on_checkpoint(path: Path, resume: str, ranks: Ranks) -> Path | None:
+    """The checkpoint that the first rank finds, for all: folders on a network may look older from elsewhere."""
+    found: list[Path | None] = [None]
+    with all_or_none():
+        if ranks.is_first:
+            found = [choose_checkpoint(path, resume)]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def choose_checkpoint(path: Path, resume: str) -> Path | None:
+    """Where to go on, as --resume says; refuses what would overwrite the record of another run."""
+    checkpoints = path / "checkpoints"
+    holds_run = (path / "metrics.jsonl").exists() or any(checkpoints.glob("step-*/index.json"))
+    if resume == "none":
+        if holds_run:
+            raise RecipeError(f"{path} already holds a run; continue it with --resume auto, or name another --run-dir")
+        return None
+    if resume == "auto":
+        found = find_checkpoint(checkpoints)
+        if found is None and any(checkpoints.glob("step-*/index.json")):
+            raise RecipeError(f"{checkpoints} holds checkpoints but no file `latest`; name one with --resume PATH")
+        return found
+    if holds_run and checkpoints.resolve() not in Path(resume).resolve().parents:
+        raise RecipeError(
+            f"{path} already holds a run, and {resume} is no checkpoint of it; name another --run-dir for a run that "
+            "begins there"
+        )
+    return Path(resume)
+
+
+def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
+    """The settings that differ from those of the checkpoint, in words.
+
+    Raises RecipeError where the function being trained, or what was counted of it, would become another one. The
+    loader does the same for the order of the rows.
+    """
+    stored, asked = _flatten(index["recipe"]), _flatten(recipe.model_dump(mode="json"))
+    changes = {
+        key: f"{key}: {stored.get(key)} then, {asked.get(key)} now"
+        for key in sorted(stored.keys() | asked.keys())
+        if stored.get(key) != asked.get(key)
+    }
+    fixed = [changes[key] for key in changes if key.startswith("model.") or key in FIXED_AT_RESUME]
+    if fixed:
+        said = "the checkpoint is of another run; restore these in the recipe, or start a new run:"
+        raise RecipeError("\n  ".join([said, *fixed]))
+    return list(changes.values())
+
+
+def _flatten(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat.update(_flatten(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key: value})
+    return flat

@@ -1,0 +1,70 @@
+"""Whether a run may go on: decisions from folders and recipes alone, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moepp_ds.config import RecipeError, load_recipe
+from moepp_ds.resume import choose_checkpoint, compare_runs
+
+RECIPE = "tests/golden/golden.yaml"
+
+
+def hold_run(path: Path, *steps: int, latest: bool = True) -> None:
+    """A run folder with a record and complete-looking checkpoints."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "metrics.jsonl").write_text('{"step": 1}\n')
+    for step in steps:
+        folder = path / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "index.json").write_text("{}")
+    if steps and latest:
+        (path / "checkpoints/latest").write_text(f"step-{steps[-1]:08d}\n")
+
+
+def test_where_to_go_on(tmp_path: Path) -> None:
+    empty, run, early = tmp_path / "empty", tmp_path / "run", tmp_path / "early"
+    hold_run(run, 5, 10)
+    hold_run(early)  # killed before its first checkpoint
+    assert choose_checkpoint(empty, "none") is None
+    assert choose_checkpoint(empty, "auto") is None
+    assert choose_checkpoint(early, "auto") is None
+    assert choose_checkpoint(run, "auto") == run / "checkpoints/step-00000010"
+    older = run / "checkpoints/step-00000005"
+    assert choose_checkpoint(run, str(older)) == older
+    assert choose_checkpoint(empty, str(older)) == older  # a new run that begins there
+
+
+def test_no_record_is_overwritten(tmp_path: Path) -> None:
+    run, other, lost = tmp_path / "run", tmp_path / "other", tmp_path / "lost"
+    hold_run(run, 5)
+    hold_run(other, 7)
+    hold_run(lost, 5, latest=False)
+    with pytest.raises(RecipeError, match="already holds a run; continue it with --resume auto, or name another"):
+        choose_checkpoint(run, "none")
+    with pytest.raises(RecipeError, match="already holds a run, and .*other.* is no checkpoint of it"):
+        choose_checkpoint(run, str(other / "checkpoints/step-00000007"))
+    with pytest.raises(RecipeError, match="holds checkpoints but no file `latest`; name one with --resume PATH"):
+        choose_checkpoint(lost, "auto")
+
+
+def test_what_may_change(tmp_path: Path) -> None:
+    """Other learning rates are named and allowed; another model or batch is refused, every difference at once."""
+    index = {"recipe": load_recipe(RECIPE).model_dump(mode="json")}
+    assert compare_runs(load_recipe(RECIPE), index) == []
+    changed = load_recipe(RECIPE, ["train.max_lr=0.004", "checkpoint.every=5"])
+    assert compare_runs(changed, index) == [
+        "checkpoint.every: 10 then, 5 now",
+        "train.max_lr: 0.005 then, 0.004 now",
+    ]
+    settings = ["model.hidden_size=64", "model.moe.tau=0.5", "train.micro_batch_size=2", "train.max_lr=0.004"]
+    with pytest.raises(RecipeError) as refused:
+        compare_runs(load_recipe(RECIPE, settings), index)
+    assert str(refused.value) == (
+        "the checkpoint is of another run; restore these in the recipe, or start a new run:\n"
+        "  model.hidden_size: 32 then, 64 now\n"
+        "  model.moe.tau: 0.75 then, 0.5 now\n"
+        "  train.micro_batch_size: 4 then, 2 now"
+    )
