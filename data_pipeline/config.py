@@ -146,7 +146,7 @@ class DataConfig(BaseModel):
     """Targets per row; a row holds seq_len + 1 tokens."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Keys the order of files and of rows; the shards do not depend on it."""
-    shuffle_window: int = Field(default=16384, ge=1, le=2**24)
+    shuffle_window: int = Field(default=16384, ge=1, le=2**20)
     """Rows of one source that are permuted among themselves."""
     interleave: int = Field(default=64, ge=1)
     """Files of one source that are read side by side, part by part."""

@@ -172,10 +172,15 @@ class Loader:
 def _position(state: Mapping[str, Any], stream: Rows) -> tuple[int, int]:
     """(step, rows) of a saved state, after checking that it is of the same order of rows."""
     try:
-        step, rows, fingerprint, order = state["step"], state["rows"], state["fingerprint"], state["order"]
-    except KeyError as missing:
+        step, rows, fingerprint, order = (
+            int(state["step"]),
+            int(state["rows"]),
+            state["fingerprint"],
+            dict(state["order"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"the saved data position has no {missing}; it is not one that Loader.state() made"
+            f"the saved data position is none that Loader.state() made ({error!r}); resume from another checkpoint"
         ) from None
     if fingerprint != stream.fingerprint:
         changed = [
@@ -188,7 +193,7 @@ def _position(state: Mapping[str, Any], stream: Rows) -> tuple[int, int]:
             f" {'; '.join(changed) or 'its fingerprint differs'}. Resume with the data and settings it was"
             " trained on, or start a new run (--resume none)"
         )
-    return int(step), int(rows)
+    return step, rows
 
 
 def _short(value: object) -> str:

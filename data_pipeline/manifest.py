@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -137,12 +138,16 @@ def read_manifest(root: Path) -> Manifest:
             " build the set again with this one"
         )
     try:
-        return TypeAdapter(Manifest).validate_json(raw)
+        manifest = TypeAdapter(Manifest).validate_json(raw)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(
             f"{path} is damaged at {'.'.join(map(str, first['loc']))}: {first['msg']}; build the set again"
         ) from None
+    for before, after in pairwise(file.key for file in manifest.files):
+        if before >= after:
+            raise DataError(f"{path} is damaged: {after} is listed twice or out of order; build the set again")
+    return manifest
 
 
 def checked_shard(root: Path, tokenizer: TokenizerInfo, file: FileRecord, split: Split) -> ShardHeader | None:

@@ -118,6 +118,15 @@ class Mixture:
         sequence = self._sequence[permutation(derive_key("slots", self.seed, block), SLOTS)]
         return sequence, _places(sequence, len(self.names))
 
+    def describe(self) -> str:
+        """The shares as they are drawn, in one line; where slots cannot express a share, also what was asked for."""
+        parts = []
+        for name, weight in self.weights.items():
+            exact = weight * SLOTS == self.quotas[name]
+            asked = "" if exact else f" (asked for {float(weight):.4%})"
+            parts.append(f"{name} {self.quotas[name] / SLOTS:.2%}{asked}")
+        return ", ".join(parts)
+
     def drawn(self, rows: int) -> dict[str, int]:
         """How many of the first `rows` rows come from each source."""
         blocks, rest = divmod(rows, SLOTS)

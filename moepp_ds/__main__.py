@@ -23,8 +23,9 @@ def recipe(
 ) -> None:
     """Check a recipe, print it with every default filled in, and print its arithmetic on WORLD ranks."""
     loaded = load_recipe(path, overrides or [])
+    arithmetic = loaded.arithmetic(world)  # refuses a world that does not fit, before anything is printed
     typer.echo(loaded.dump())
-    for line in loaded.arithmetic(world):
+    for line in arithmetic:
         typer.echo(f"# {line}")
 
 

@@ -160,6 +160,8 @@ class MoELayer(nn.Module):
         return output_TD.index_add(0, rows_token_R, (gate_R1 * result_RD).to(x_TD.dtype))
 
     def _zero_computation(self, x_TD: Tensor, gate_N: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:
+        if not self.kinds.num_copy and not self.kinds.num_constant:
+            return torch.zeros_like(x_TD)
         ranges = self.kinds.slices()
         gate_TE = gate_N.new_zeros(len(x_TD), self.kinds.total).index_put((token_N, expert_N), gate_N)
         return zero_computation_output(

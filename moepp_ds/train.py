@@ -219,6 +219,7 @@ def _announce(run: Run, progress: Progress, checkpoint: Path | None, changes: Se
     """Print the arithmetic of the run and where it begins."""
     for line in run.recipe.arithmetic(run.ranks.world):
         run.say(line)
+    run.say(f"tokens drawn from {run.stream.mixture.describe()}")
     unscored = [name for name in run.stream.source_names if name not in run.held_out]
     if unscored:
         run.say(f"no text is held out of {', '.join(unscored)}: it is not evaluated (moepp-data build --held-out)")

@@ -393,3 +393,10 @@ def test_config_needs_neither_torch_nor_deepspeed() -> None:
     code = "import sys, moepp_ds.config; print({'torch', 'deepspeed'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("name", ["5e-4", "010", "2026-11-22", "0.6b", "run"])
+def test_names_that_look_like_numbers_survive_the_dump(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe("launch/recipes/quickstart.yaml", [f'name="{name}"'])
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe

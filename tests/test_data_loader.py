@@ -274,7 +274,7 @@ def test_another_order_of_rows_is_refused_by_name(made: Path) -> None:
     other = open_stream(config(made, seed=6, interleave=3))
     with pytest.raises(DataError, match=re.escape(message)):
         Loader(other, rank=0, world=1, batch_rows=4, micro_batch_size=4, state=state)
-    with pytest.raises(DataError, match="the saved data position has no 'step'"):
+    with pytest.raises(DataError, match="the saved data position is none that Loader.state"):
         Loader(other, rank=0, world=1, batch_rows=4, micro_batch_size=4, state={})
 
 

@@ -149,3 +149,12 @@ def test_a_key_that_claims_nothing_names_the_labels_and_the_nearest() -> None:
 def test_two_keys_for_one_label_are_refused() -> None:
     with pytest.raises(DataError, match="'dolma' and 'dolma/wiki' both claim 'dolma/wiki'"):
         claim_labels(["dolma", "dolma/wiki"], ["dolma/wiki"])
+
+
+def test_description_says_what_was_rounded() -> None:
+    """A third is no multiple of 1/10,000: largest remainder gives one of three equal sources the odd slot."""
+    third = Fraction(1, 3)
+    assert Mixture({"a": third, "b": third, "c": third}).describe() == (
+        "a 33.34% (asked for 33.3333%), b 33.33% (asked for 33.3333%), c 33.33% (asked for 33.3333%)"
+    )
+    assert Mixture({"a": Fraction(1, 4), "b": Fraction(3, 4)}).describe() == "a 25.00%, b 75.00%"

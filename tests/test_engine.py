@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from programs import tiny
-from runs import GOLDEN_RECIPE, metrics, status
+from run_folders import GOLDEN_RECIPE, metrics, status
 
 from moepp_ds.config import RecipeError
 from moepp_ds.engine import Ranks, build_engine
@@ -84,9 +84,9 @@ def column(records: list[dict[str, Any]], name: str) -> list[float]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 1e-2), ("fp16", 1e-2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 2e-3), ("fp16", 2e-3)])
 def test_a_gpu_learns_saves_and_resumes(tmp_path: Path, precision: str, tolerance: float) -> None:
-    """20 updates in each precision: losses near those of the CPU in fp32, and near one another after a resume."""
+    """20 updates in each precision: losses near those of the CPU in fp32, also after a resume."""
     run = train_on_gpu(tmp_path / "run", precision)
     losses = column(run, "loss")
     assert len(losses) == 20 and all(map(math.isfinite, losses))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import GOLDEN_RECIPE
+from run_folders import GOLDEN_RECIPE
 
 from moepp_ds.config import load_recipe
 

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch.distributed
 from conftest import ROOT, LaunchDeepspeed, find_free_port, kill_group
+from run_folders import GOLDEN_RECIPE, status, untimed
 
 from moepp_ds.train import main
-from runs import GOLDEN_RECIPE, status, untimed
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 

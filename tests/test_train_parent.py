@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from runs import GOLDEN_RECIPE, metrics, status
+from run_folders import GOLDEN_RECIPE, metrics, status
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 

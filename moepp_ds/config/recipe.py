@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import yaml
 from pydantic import Field, model_validator
 
@@ -24,6 +26,13 @@ from moepp_ds.config.schema import (
     Section,
     TrainConfig,
 )
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes every text that begins like a number: recipes read 5e-4 as one, YAML 1.1 does not."""
+
+
+_RecipeDumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+.]?[0-9].*$"), list("-+.0123456789"))
 
 
 class Recipe(Section):
@@ -98,7 +107,9 @@ class Recipe(Section):
 
     def dump(self) -> str:
         """Return the recipe as YAML with every default filled in; loading that gives an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+        return yaml.dump(
+            self.model_dump(mode="json"), Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=100
+        )
 
     def arithmetic(self, world: int) -> list[str]:
         """Return what a run on `world` ranks prints at start: its numbers and where they come from."""

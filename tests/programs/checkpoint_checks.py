@@ -499,7 +499,9 @@ def dynamic_scale_goes_on_from_a_dynamic_one_alone() -> None:
     def scaled(folder: Path | None, scale: float) -> Any:
         asked = tiny.recipe(expert_parallel=2, precision="bf16")
         engine = tiny.engine_for(asked, RANKS)
-        engine.optimizer.loss_scaler = DynamicLossScaler(scale, 2.0, 1000, 1.0, 2, False)
+        engine.optimizer.loss_scaler = DynamicLossScaler(
+            scale, scale_window=1000, min_scale=1.0, delayed_shift=2, consecutive_hysteresis=False
+        )
         engine.optimizer.dynamic_loss_scale = True
         if folder:
             load_checkpoint(engine, folder)

@@ -72,7 +72,8 @@ def train(engine: Any, asked: Recipe, ranks: Ranks, steps: Sequence[int]) -> lis
     done = []
     for step in steps:
         mine = micro_batches(step)[ranks.rank :: ranks.world]
-        result = update(engine, mine, ranks, rate=asked.learning_rate(step), stop=False)
+        rate = asked.learning_rate(step)
+        result = update(engine, mine, ranks, rate=rate, num_sources=1, stop=lambda: False)
         done.append((result.loss, result.grad_norm))
     return done
 
