@@ -52,10 +52,10 @@ def agreed_message(problems: Sequence[str | None]) -> str | None:
             ranks.setdefault(problem, []).append(rank)
     if len(ranks) == 1 and None not in problems:
         return next(iter(ranks))
-    return "\n".join(f"{name_ranks(found)}: {problem}" for problem, found in ranks.items()) or None
+    return "\n".join(f"{_name_ranks(found)}: {problem}" for problem, found in ranks.items()) or None
 
 
-def name_ranks(ranks: Sequence[int]) -> str:
+def _name_ranks(ranks: Sequence[int]) -> str:
     """`rank 3`, or `ranks 0, 2`."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 

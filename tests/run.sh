@@ -30,7 +30,8 @@ check flake8 python -m flake8 moepp_ds data_pipeline tests
 check isort python -m isort --check-only moepp_ds data_pipeline tests
 check mypy python -m mypy
 check lint-imports lint-imports
-check pytest python -m pytest ${pytest_arguments[@]+"${pytest_arguments[@]}"}
+# two workers: starting ranks is mostly waiting for imports; a file stays on one worker
+check pytest python -m pytest --numprocesses 2 --dist loadfile ${pytest_arguments[@]+"${pytest_arguments[@]}"}
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf '\ntests/run.sh: FAILED: %s\n' "${failed[*]}"

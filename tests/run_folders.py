@@ -1,4 +1,4 @@
-"""Reading the run folders that tests make."""
+"""Making run folders by the golden recipe, and reading them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from conftest import LaunchDeepspeed
+
 GOLDEN_RECIPE = "tests/golden/golden.yaml"
+
+NUMBERS = ("loss", "lm_loss", "balance_loss", "grad_norm")
+"""What the golden file keeps of each update."""
 
 UNTIMED = ("loss", "lm_loss", "balance_loss", "grad_norm", "lr", "tokens", "layers", "sampled_share", "validation")
 """What two runs of the same arithmetic share in metrics.jsonl; the rest is time."""
@@ -25,3 +30,25 @@ def untimed(run: Path) -> list[dict[str, Any]]:
 def status(run: Path) -> dict[str, Any]:
     """The completion marker."""
     return json.loads((run / "status.json").read_text())
+
+
+def sets(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def train(launch: LaunchDeepspeed, run: Path, *settings: str, world: int = 2, ep: int = 2, resume: str = "none") -> str:
+    """Run the golden recipe under the real launcher; return what was printed."""
+    arguments = [GOLDEN_RECIPE, "--run-dir", str(run), "--resume", resume]
+    done = launch(world, "moepp_ds.train", [*arguments, *sets(f"parallel.expert_parallel={ep}", *settings)])
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def finished(
+    launch: LaunchDeepspeed, kept: Path, name: str, *settings: str, world: int = 2, ep: int = 2
+) -> list[dict[str, Any]]:
+    """The records of the golden recipe's run `name`, which is run once."""
+    if not (kept / name).exists():
+        train(launch, kept / name, *settings, world=world, ep=ep)
+    assert status(kept / name) == {"state": "completed", "step": 20, "message": ""}
+    return untimed(kept / name)
