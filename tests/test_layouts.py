@@ -25,10 +25,10 @@ def test_layouts_agree(launch_deepspeed: LaunchDeepspeed, tmp_path: Path, drople
     dropped = max(layer["dropped"] for record in alone for layer in record["layers"])
     assert (dropped == 0) == (dropless == "true")
     for layout, run in runs.items():
-        for key in NUMBERS:
+        for key, tolerance in NUMBERS.items():
             expected = [record[key] for record in alone]
             worst = max(abs(record[key] / value - 1) for record, value in zip(run, expected))
             print(f"dropless {dropless}, world and EP {layout}, {key}: {worst:.1e} relative at most")
-            assert [record[key] for record in run] == pytest.approx(expected, rel=1e-4), (layout, key)
+            assert [record[key] for record in run] == pytest.approx(expected, rel=tolerance), (layout, key)
         for source, score in alone[-1]["validation"].items():
             assert run[-1]["validation"][source] == pytest.approx(score, rel=1e-4), (layout, source)
