@@ -77,7 +77,7 @@ class Loader:
         self._batch_rows, self._micro = batch_rows, micro_batch_size
         self._step, self._row = start_step, start_step * batch_rows
         if state is not None:
-            self._step, self._row = _position(state, stream)
+            self._step, self._row = check_position(state, stream)
         self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=AHEAD_STEPS)
         self._failure: BaseException | None = None
         self._closing = threading.Event()
@@ -169,8 +169,8 @@ class Loader:
         ]
 
 
-def _position(state: Mapping[str, Any], stream: Rows) -> tuple[int, int]:
-    """(step, rows) of a saved state, after checking that it is of the same order of rows."""
+def check_position(state: Mapping[str, Any], stream: Rows) -> tuple[int, int]:
+    """(step, rows) of a saved state; DataError unless it is of the same order of rows."""
     try:
         step, rows, fingerprint, order = (
             int(state["step"]),

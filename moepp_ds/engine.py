@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from moepp_ds.agreement import all_or_none
 from moepp_ds.config import Recipe, RecipeError
 from moepp_ds.ds_config import deepspeed_config
 from moepp_ds.expert_parallel import ExpertParallelMoE, parameter_groups
@@ -71,11 +72,12 @@ def _free_port() -> str:
 def build_engine(recipe: Recipe, ranks: Ranks, *, eos_id: int) -> tuple[Any, dict[str, Any]]:
     """Return the DeepSpeed engine around a freshly initialised model, and the configuration DeepSpeed was given.
 
-    eos_id: the token that ends a document in the shards.
+    eos_id: the token that ends a document in the shards. Collective; raises AgreedError for a recipe that cannot run.
     """
-    config = deepspeed_config(recipe, world=ranks.world)
-    if recipe.train.precision == "fp16" and ranks.device.type == "cpu":
-        raise RecipeError("train.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    with all_or_none():
+        config = deepspeed_config(recipe, world=ranks.world)
+        if recipe.train.precision == "fp16" and ranks.device.type == "cpu":
+            raise RecipeError("train.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     model = MoEPlusPlusModel(
         recipe.model,
         eos_id=eos_id,

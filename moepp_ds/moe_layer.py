@@ -31,7 +31,7 @@ class Exchange(Protocol):
     """Carries FFN assignments between the ranks of an expert-parallel group."""
 
     def send(self, rows_RD: Tensor, counts: Sequence[int]) -> Parcel:
-        """Start sending rows sorted by FFN expert, `counts[e]` for expert e of all ranks. Does not wait."""
+        """Start sending rows sorted by FFN expert, `counts[e]` for expert e of all; the rows are not waited for."""
 
 
 @dataclass(frozen=True)

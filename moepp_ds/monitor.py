@@ -143,9 +143,15 @@ def _keep_until(path: Path, step: int) -> None:
         return
     end = 0
     with path.open("r+b") as lines:  # a long run's file is large: read once, cut in place
-        for line in lines:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
+        for number, line in enumerate(lines, start=1):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"line {number} of {path} is damaged ({error}); delete the file from there on, or go on in another "
+                    "--run-dir with --resume PATH"
+                ) from None
             end += len(line)
         lines.truncate(end)
 

@@ -28,8 +28,10 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run in a few numbers. The training losses are means over the first update and the last tenth of them."""
+    """A run in a few numbers: the loss of its first update (1, unless it began from another run's checkpoint) and the
+    mean over the last tenth of its updates."""
 
+    first_step: int
     steps: int
     first_loss: float
     last_loss: float
@@ -59,6 +61,7 @@ def report_run(path: Path) -> RunReport:
         raise RecipeError(f"no text was held out of the shards of {path}; build them with moepp-data build --held-out")
     tail = metrics[-max(1, len(metrics) // 10) :]
     return RunReport(
+        first_step=metrics[0]["step"],
         steps=metrics[-1]["step"],
         first_loss=metrics[0]["lm_loss"],
         last_loss=sum(record["lm_loss"] for record in tail) / len(tail),
@@ -93,6 +96,6 @@ def print_report(report: RunReport, console: Console) -> None:
     verdict = f"every source's loss is below that of a {beaten}" if beaten else "not every source's is below a unigram"
     console.print(f"{verdict} model of the training tokens (add-one smoothing)")
     console.print(
-        f"training loss {report.first_loss:.3f} at update 1, {report.last_loss:.3f} at the end "
+        f"training loss {report.first_loss:.3f} at update {report.first_step}, {report.last_loss:.3f} at the end "
         f"({report.steps} updates): {report.fall:.0%} lower"
     )

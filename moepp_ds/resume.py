@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from moepp_ds.agreement import all_or_none
+from moepp_ds.agreement import all_or_none, gather
 from moepp_ds.checkpoint import find_checkpoint
 from moepp_ds.config import Recipe, RecipeError
 from moepp_ds.engine import Ranks
@@ -19,12 +17,11 @@ FIXED_AT_RESUME = ("train.batch_tokens", "train.micro_batch_size")
 
 def agree_on_checkpoint(path: Path, resume: str, ranks: Ranks) -> Path | None:
     """The checkpoint that the first rank finds, for all: folders on a network may look older from elsewhere."""
-    found: list[Path | None] = [None]
+    found = None
     with all_or_none():
         if ranks.is_first:
-            found = [choose_checkpoint(path, resume)]
-    dist.broadcast_object_list(found)
-    return found[0]
+            found = choose_checkpoint(path, resume)
+    return gather(found)[0]
 
 
 def choose_checkpoint(path: Path, resume: str) -> Path | None:
@@ -51,8 +48,8 @@ def choose_checkpoint(path: Path, resume: str) -> Path | None:
 def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
     """The settings that differ from those of the checkpoint, in words.
 
-    Raises RecipeError where the function being trained, or what was counted of it, would become another one. The
-    loader does the same for the order of the rows.
+    Raises RecipeError where the function being trained, or what was counted of it, would become another one. For the
+    order of rows the loader's `check_position` does the same.
     """
     stored, asked = _flatten(index["recipe"]), _flatten(recipe.model_dump(mode="json"))
     changes = {

@@ -29,7 +29,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data_pipeline.document import DataError
-from data_pipeline.loader import Loader
+from data_pipeline.loader import Loader, check_position
 from data_pipeline.stream import HeldOut, RowStream, open_held_out, open_stream
 from moepp_ds.agreement import AgreedError, all_or_none
 from moepp_ds.checkpoint import CheckpointError, load_checkpoint, read_index, save_checkpoint
@@ -79,26 +79,30 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
         stream, held_out = open_stream(recipe.data), open_held_out(recipe.data)
         _check_vocabulary(recipe, stream)
     checkpoint = agree_on_checkpoint(path, resume, ranks)
+    changes: list[str] = []
     with all_or_none():
-        changes = [] if checkpoint is None else compare_runs(recipe, read_index(checkpoint))
+        if checkpoint is not None:
+            index = read_index(checkpoint)
+            changes = compare_runs(recipe, index)
+            check_position(index["data"], stream)
     engine, ds_config = build_engine(recipe, ranks, eos_id=stream.tokenizer.eos_id)
-    index = None if checkpoint is None else load_checkpoint(engine, checkpoint)
-    progress = Progress(index["step"] if index else 0)
+    loaded = None if checkpoint is None else load_checkpoint(engine, checkpoint)
+    progress = Progress(loaded["step"] if loaded else 0)
     with all_or_none():
         folder = _open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
     run = Run(recipe, ranks, engine, stream, held_out, path, folder)
     try:
         _announce(run, progress, checkpoint, changes)
-        progress = _loop(run, progress, data_state=index["data"] if index else None, stop=stop)
+        progress = _loop(run, progress, data_state=loaded["data"] if loaded else None, stop=stop)
         _finish(run, progress)
     except Exception as error:
         if folder:
             with suppress(OSError):  # a full disk must not hide what went wrong
                 folder.set_status("failed", step=progress.step, message=str(error))
+                folder.close()
         raise
-    finally:
-        if folder:
-            folder.close()
+    if folder:
+        folder.close()
     dist.barrier()
     dist.destroy_process_group()
     return progress
@@ -124,6 +128,7 @@ def _loop(run: Run, progress: Progress, *, data_state: Mapping[str, Any] | None,
             )
             seconds = time.perf_counter() - started
             progress = Progress(progress.step + 1, result.stop)
+            _check_rows_drawn(run, result, progress.step)
             ends = progress.stop or progress.step == total
             scores = _evaluate(run) if progress.step % recipe.evaluation.every == 0 or progress.step == total else {}
             _record(run, progress, result, scores, seconds=seconds)
@@ -150,7 +155,7 @@ def _record(
     if run.folder is None:
         return
     recipe, step = run.recipe, progress.step
-    tokens = recipe.train.batch_tokens
+    tokens, rows = recipe.train.batch_tokens, step * recipe.batch_rows
     metrics: dict[str, Any] = {
         "step": step,
         "tokens": step * tokens,
@@ -163,7 +168,7 @@ def _record(
         "layers": layer_metrics(
             result.wanted_LE, result.kept_LE, kinds=expert_kinds(recipe.model.moe), tokens=tokens
         ),
-        "sampled_share": _sampled_share(run, result, step),
+        "sampled_share": {name: drawn / rows for name, drawn in run.stream.mixture.drawn(rows).items()},
     }
     if scores:
         metrics["validation"] = {source: asdict(score) for source, score in scores.items()}
@@ -175,14 +180,13 @@ def _record(
         run.say("\n".join([f"held-out text after update {step}:", *score_lines(scores)]))
 
 
-def _sampled_share(run: Run, result: UpdateResult, step: int) -> dict[str, float]:
-    """Each source's share of the rows drawn since update 0, after checking what this update drew against the plan."""
+def _check_rows_drawn(run: Run, result: UpdateResult, step: int) -> None:
+    """Compare the rows that all ranks read of each source, as counted, with those the mixture plans for this update."""
     before, after = (run.stream.mixture.drawn(at * run.recipe.batch_rows) for at in (step - 1, step))
-    planned = [after[name] - before[name] for name in run.stream.source_names]
-    if planned != result.source_rows:
-        drew = f"update {step} drew {result.source_rows} rows of {list(after)}"
-        raise RuntimeError(f"{drew}, the mixture plans {planned}: the loader read other rows than the stream's")
-    return {name: drawn / (step * run.recipe.batch_rows) for name, drawn in after.items()}
+    drawn = dict(zip(run.stream.source_names, result.source_rows))
+    planned = {name: after[name] - before[name] for name in drawn}
+    if drawn != planned:
+        raise RuntimeError(f"update {step} read {drawn} rows of its sources, the mixture plans {planned}")
 
 
 def _save(run: Run, progress: Progress, loader: Loader) -> None:
@@ -193,8 +197,9 @@ def _save(run: Run, progress: Progress, loader: Loader) -> None:
         "data": loader.state(),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "moepp_ds")},
     }
-    if run.folder:
-        run.folder.sync()
+    with all_or_none():
+        if run.folder:
+            run.folder.sync()
     folder = save_checkpoint(
         run.engine, run.path / "checkpoints", step=progress.step, facts=facts, keep=recipe.checkpoint.keep
     )
@@ -260,8 +265,14 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+def _environment_number(name: str) -> int:
+    return int(os.environ.get(name, "0"))
+
+
+def _fail(message: str, *, says: bool) -> int:
+    if says:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -273,13 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.set)
         train(recipe, path=options.run_dir or Path("runs") / recipe.name, resume=options.resume, stop=stop)
-    except (RecipeError, AgreedError, CheckpointError, NonFiniteError) as error:  # the same on every rank
-        if _rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    except (AgreedError, CheckpointError, NonFiniteError) as error:  # the same on every rank
+        return _fail(str(error), says=_environment_number("RANK") == 0)
+    except RecipeError as error:  # before the ranks have met: once a node
+        return _fail(str(error), says=_environment_number("LOCAL_RANK") == 0)
     except DataError as error:  # while training: this rank's alone, the launcher ends the others
-        print(f"[rank {_rank()}] error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return _fail(f"[rank {_environment_number('RANK')}] {error}", says=True)
     return 0
 
 

@@ -45,7 +45,6 @@ class LaunchDeepspeed(Protocol):
         module: str,
         args: Sequence[str] = (),
         timeout: float = 120.0,
-        env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]: ...
 
 
@@ -95,24 +94,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="session")
-def torch_extensions_dir() -> Path:
-    """Where DeepSpeed compiles its operators: inside the project, kept from run to run."""
-    return Path(os.environ["TORCH_EXTENSIONS_DIR"])
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    return find_free_port()
-
-
 @pytest.fixture
 def launch_deepspeed(tmp_path: Path) -> LaunchDeepspeed:
     """Run a module on `world` CPU ranks of this machine under the real `deepspeed` launcher.
 
     Returns the completed process with stdout and stderr of all ranks together in `stdout`; what is left of
-    its process group is killed. Fails the test when the time is up. `env` is laid over this environment.
+    its process group is killed. Fails the test when the time is up.
     """
 
     def launch(
@@ -120,11 +107,10 @@ def launch_deepspeed(tmp_path: Path) -> LaunchDeepspeed:
         module: str,
         args: Sequence[str] = (),
         timeout: float = 120.0,
-        env: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
         command += ["--master_port", str(find_free_port()), "--module", module, *args]
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", **(env or {})}
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
         log = tmp_path / f"launch-{time.monotonic_ns()}.log"
         code = run_in_group(command, environment, log, timeout)
         output = log.read_text(errors="replace")

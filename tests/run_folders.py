@@ -10,7 +10,7 @@ from conftest import LaunchDeepspeed
 
 GOLDEN_RECIPE = "tests/golden/golden.yaml"
 
-NUMBERS = {"loss": 1e-4, "lm_loss": 1e-4, "balance_loss": 5e-4, "grad_norm": 1e-4}
+TOLERANCES = {"loss": 1e-4, "lm_loss": 1e-4, "balance_loss": 5e-4, "grad_norm": 1e-4}
 """What the golden file keeps of each update, and how closely another layout or machine must agree, relative.
 
 A rounding that flips one near-tie of the router moves one of 2,048 assignments, and the balance loss by 5e-5.

@@ -19,7 +19,7 @@ from conftest import ROOT
 from programs import tiny
 from run_folders import GOLDEN_RECIPE, metrics, status
 
-from moepp_ds.config import RecipeError
+from moepp_ds.agreement import AgreedError
 from moepp_ds.engine import Ranks, build_engine
 
 
@@ -60,7 +60,7 @@ def test_the_engine_starts_as_the_recipe_says(alone: dict[str, Any]) -> None:
 
 def test_fp16_is_refused_on_a_cpu() -> None:
     asked = tiny.recipe("deepspeed=ds_configs/zero2_fp32.json", "train.precision=fp16")
-    with pytest.raises(RecipeError, match="^train.precision fp16 needs a GPU; use bf16 or fp32 on a CPU$"):
+    with pytest.raises(AgreedError, match="^train.precision fp16 needs a GPU; use bf16 or fp32 on a CPU$"):
         build_engine(asked, Ranks(0, 1, torch.device("cpu")), eos_id=0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LaunchDeepspeed
-from run_folders import NUMBERS, finished
+from run_folders import TOLERANCES, finished
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -25,7 +25,7 @@ def test_layouts_agree(launch_deepspeed: LaunchDeepspeed, tmp_path: Path, drople
     dropped = max(layer["dropped"] for record in alone for layer in record["layers"])
     assert (dropped == 0) == (dropless == "true")
     for layout, run in runs.items():
-        for key, tolerance in NUMBERS.items():
+        for key, tolerance in TOLERANCES.items():
             expected = [record[key] for record in alone]
             worst = max(abs(record[key] / value - 1) for record, value in zip(run, expected))
             print(f"dropless {dropless}, world and EP {layout}, {key}: {worst:.1e} relative at most")

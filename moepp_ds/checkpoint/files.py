@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_pipeline.atomic import TEMPORARY, write_atomically
+
 FORMAT = 1
 CHUNK_BYTES = 16 * 2**20
 
@@ -83,16 +85,22 @@ def write_index(folder: Path, content: Mapping[str, Any], files: Mapping[str, An
         problem = _size_problem(folder / name, note["bytes"])
         if problem:
             raise CheckpointError(f"{problem}, as rank 0 sees it; the run folder must be one that all nodes share")
-    _write(folder / "index.json", _index_text({"format": FORMAT, **content, "files": files}))
+    text = _index_text({"format": FORMAT, **content, "files": files})
+    write_atomically(folder / "index.json", text.encode())
 
 
 def publish(partial: Path, final: Path) -> None:
     """Give a complete checkpoint its name, and then move `latest`."""
-    if final.exists():  # a run that was resumed from an earlier checkpoint comes by here again
-        _set_aside(final)
-    partial.rename(final)
+    # A run that was resumed from an earlier checkpoint comes by here again.
+    replaced = _set_aside(final) if final.exists() else None
+    try:
+        partial.rename(final)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(final)
+        raise
     _fsync(final.parent)
-    _write(final.parent / "latest", final.name + "\n")
+    write_atomically(final.parent / "latest", f"{final.name}\n".encode())
 
 
 def delete_old(newest: Path, *, keep: int) -> None:
@@ -110,12 +118,15 @@ def delete_old(newest: Path, *, keep: int) -> None:
         for folder in root.glob(".step-*"):
             with _only_warned():
                 shutil.rmtree(folder)
+        for file in root.glob(f"{TEMPORARY}*"):
+            with _only_warned():
+                file.unlink()
 
 
-def _set_aside(folder: Path) -> None:
+def _set_aside(folder: Path) -> Path:
     """Hide a checkpoint under a name that is free, for deletion: a half-deleted one is never seen as a checkpoint."""
     names = (folder.with_name(f".{folder.name}.old-{number}") for number in count())
-    folder.rename(next(path for path in names if not path.exists()))
+    return folder.rename(next(path for path in names if not path.exists()))
 
 
 @contextmanager
@@ -249,17 +260,8 @@ def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old or the new text, also after a power cut."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _fsync(partial)
-    partial.rename(path)
-    _fsync(path.parent)
-
-
 def _fsync(path: Path, *, forget: bool = False) -> None:
-    """Wait until the disk has it; `forget`: and what is read next comes from there, not from memory."""
+    """Wait until the disk has it; `forget`: ask the system to drop its copy, so that the disk is what is read next."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -40,11 +40,7 @@ def owned_fragments(engine: Any) -> Iterator[Fragment]:
     offsets = expert_offsets(engine.module)
     zero = engine.optimizer
     for flat, group in zip(zero.single_partition_of_fp32_groups, zero.bit16_groups):
-        state = zero.optimizer.state[flat]
-        for kind in KINDS[1:]:
-            if kind not in state:  # before the first update
-                state[kind] = torch.zeros_like(flat)
-        state.setdefault("step", torch.zeros((), dtype=torch.float32, device=flat.device))
+        state = _started_state(zero, flat)
         flats = {"weight": flat.data, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
         for parameter in group:
             mapping = parameter._hp_mapping
@@ -54,6 +50,16 @@ def owned_fragments(engine: Any) -> Iterator[Fragment]:
             shift = offsets[name] * parameter[0].numel() if name in offsets else 0
             views = {kind: tensor.narrow(0, place.start, place.numel) for kind, tensor in flats.items()}
             yield Fragment(name, shift + mapping.lp_fragment_address.start, views)
+
+
+def _started_state(zero: Any, flat: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of one group, made as its first update would make it where that has not come yet."""
+    state = zero.optimizer.state[flat]
+    for kind in KINDS[1:]:
+        if kind not in state:
+            state[kind] = torch.zeros_like(flat)
+    state.setdefault("step", torch.zeros((), dtype=torch.float32, device=flat.device))
+    return state
 
 
 def global_shapes(engine: Any) -> dict[str, list[int]]:
@@ -83,7 +89,7 @@ def optimizer_facts(engine: Any) -> dict[str, Any]:
     first = zero.single_partition_of_fp32_groups[0]
     scaler = vars(zero.loss_scaler)
     return {
-        "updates": int(zero.optimizer.state[first].get("step", 0)),
+        "updates": int(_started_state(zero, first)["step"]),
         "loss_scaler": {
             "dynamic": bool(zero.dynamic_loss_scale),
             **{name: scaler[name] for name in _SCALER if name in scaler},
@@ -98,7 +104,7 @@ def restore_optimizer_facts(engine: Any, facts: Mapping[str, Any]) -> None:
     """
     zero, scaler = engine.optimizer, facts["loss_scaler"]
     for flat in zero.single_partition_of_fp32_groups:
-        zero.optimizer.state[flat]["step"].fill_(facts["updates"])
+        _started_state(zero, flat)["step"].fill_(facts["updates"])
     if zero.dynamic_loss_scale and scaler["dynamic"]:
         for name in _SCALER:
             setattr(zero.loss_scaler, name, scaler[name])

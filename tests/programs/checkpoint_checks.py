@@ -28,6 +28,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from safetensors import safe_open
 from torch import Tensor
 
+from data_pipeline.atomic import TEMPORARY
 from moepp_ds.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, read_index, save_checkpoint
 from moepp_ds.checkpoint.files import write_fragments, write_index
 from moepp_ds.checkpoint.fragments import optimizer_facts
@@ -191,16 +192,16 @@ def latest_moves_last() -> None:
 
     def note(event: str, names: list[str]) -> None:
         if event != "open":
-            seen.append(f"{event} {' '.join(names)}")
+            seen.append(f"{event} {' '.join(TEMPORARY if TEMPORARY in name else name for name in names)}")
 
     with watching(note):
         save(engine, root, 2, keep=1)
     if RANKS.is_first:
         assert seen == [
             "rmtree .step-00000002.partial",
-            "rename .index.json.partial index.json",
+            f"rename {TEMPORARY} index.json",
             "rename .step-00000002.partial step-00000002",
-            "rename .latest.partial latest",
+            f"rename {TEMPORARY} latest",
             "rename step-00000001 .step-00000001.old-0",
             "rmtree .step-00000001.old-0",
         ], seen
