@@ -191,7 +191,7 @@ def check_position(state: Mapping[str, Any], stream: Rows) -> tuple[int, int]:
         raise DataError(
             "the checkpoint was trained on another order of rows:"
             f" {'; '.join(changed) or 'its fingerprint differs'}. Resume with the data and settings it was"
-            " trained on, or start a new run (--resume none)"
+            " trained on, or start a new run in another folder (--run-dir)"
         )
     return step, rows
 

@@ -18,12 +18,13 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at MoE+
 @app.command()
 def recipe(
     path: Annotated[Path, typer.Argument(help="YAML file")],
-    world: Annotated[int, typer.Option(help="ranks")] = 1,
+    world: Annotated[int | None, typer.Option(help="ranks; default: those that share experts")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = None,
 ) -> None:
     """Check a recipe, print it with every default filled in, and print its arithmetic on WORLD ranks."""
     loaded = load_recipe(path, overrides or [])
-    arithmetic = loaded.arithmetic(world)  # refuses a world that does not fit, before anything is printed
+    # First, since it refuses a world that does not fit.
+    arithmetic = loaded.arithmetic(world or loaded.parallel.expert_parallel)
     typer.echo(loaded.dump())
     for line in arithmetic:
         typer.echo(f"# {line}")

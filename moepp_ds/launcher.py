@@ -234,7 +234,7 @@ class Job:
         return self._kill_now or too_slow or left_behind
 
 
-def judge(ending: Ending, status: Mapping[str, object] | None, run_dir: Path) -> tuple[int, str]:
+def judge(ending: Ending, status: Mapping[str, object] | None) -> tuple[int, str]:
     """Say in one line how the run ended, with the exit code for it.
 
     `status` is what this run's rank 0 left in status.json, None when it left nothing.
@@ -244,8 +244,9 @@ def judge(ending: Ending, status: Mapping[str, object] | None, run_dir: Path) ->
     if status is None:
         if ending.stop_asked:  # nothing was trained, so nothing is lost, however the processes ended
             return STOPPED, f"stopped before training began; start it again with --resume auto{late}"
-        missing = f"{run_dir}/status.json was not written" if ending.ranks_started else "no rank was started"
-        return FAILED, f"failed: the launcher ended with code {ending.launcher_code}, {missing}{first}{late}"
+        if not ending.ranks_started:
+            return FAILED, f"failed: the launcher ended with code {ending.launcher_code}, no rank was started{late}"
+        return FAILED, f"failed before training began, with code {ending.launcher_code}; the reason is above{late}"
     state, step, message = status.get("state"), status.get("step"), status.get("message") or ""
     told = f": {message}" if message else ""
     if state == "completed":
@@ -289,7 +290,7 @@ def supervise(launch: Launch) -> int:
             signal.signal(signum, job.handle_signal)
     ending = job.run(environment)
     status = _read_status(status_file) if _stamp(status_file) != earlier else None
-    code, verdict = judge(ending, status, launch.run_dir)
+    code, verdict = judge(ending, status)
     print(f"[train] {launch.run_dir}: {verdict}", flush=True)
     return code
 

@@ -8,6 +8,7 @@ which cannot purge the points after a checkpoint.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -85,6 +86,7 @@ class RunFolder:
         """
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._lock = _lock(path)
         self._others = others if others is not None and others.enabled else None
         self._log: TextIO = (path / "log.txt").open("a", encoding="utf-8")
         _keep_until(path / "metrics.jsonl", resumed_step)
@@ -101,6 +103,10 @@ class RunFolder:
     def say(self, line: str) -> None:
         """Print a line and keep it in log.txt."""
         print(line, flush=True)
+        self.log(line)
+
+    def log(self, line: str) -> None:
+        """Keep in log.txt what is printed elsewhere."""
         print(line, file=self._log, flush=True)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
@@ -135,6 +141,19 @@ class RunFolder:
             self._curves.close()
         self._metrics.close()
         self._log.close()
+        self._lock.close()
+
+
+def _lock(path: Path) -> TextIO:
+    """Hold the run folder: two runs that write into one spoil both. The kernel lets go when the process ends."""
+    file = (path / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        said = f"another process is training in {path}; wait for it, stop it, or name another --run-dir"
+        raise ValueError(said) from None
+    return file
 
 
 def _keep_until(path: Path, step: int) -> None:

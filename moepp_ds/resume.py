@@ -37,12 +37,15 @@ def choose_checkpoint(path: Path, resume: str) -> Path | None:
         if found is None and any(checkpoints.glob("step-*/index.json")):
             raise RecipeError(f"{checkpoints} holds checkpoints but no file `latest`; name one with --resume PATH")
         return found
-    if holds_run and checkpoints.resolve() not in Path(resume).resolve().parents:
+    given = Path(resume)
+    for root in (given, given / "checkpoints"):  # the folder of a run, or of its checkpoints: the newest of them
+        given = find_checkpoint(root) or given
+    if holds_run and checkpoints.resolve() not in given.resolve().parents:
         raise RecipeError(
             f"{path} already holds a run, and {resume} is no checkpoint of it; name another --run-dir for a run that "
             "begins there"
         )
-    return Path(resume)
+    return given
 
 
 def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
@@ -58,6 +61,8 @@ def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
         if stored.get(key) != asked.get(key)
     }
     fixed = [changes[key] for key in changes if key.startswith("model.") or key in FIXED_AT_RESUME]
+    if index["step"] > recipe.total_steps:
+        fixed.append(f"the run's length: {index['step']} updates are done, the recipe ends after {recipe.total_steps}")
     if fixed:
         said = "the checkpoint is of another run; restore these in the recipe, or start a new run:"
         raise RecipeError("\n  ".join([said, *fixed]))

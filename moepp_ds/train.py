@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,13 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
         folder = _open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
     run = Run(recipe, ranks, engine, stream, held_out, path, folder)
     try:
-        _announce(run, progress, checkpoint, changes)
+        _announce(run, progress, checkpoint, changes, resume=resume)
         progress = _loop(run, progress, data_state=loaded["data"] if loaded else None, stop=stop)
         _finish(run, progress)
     except Exception as error:
         if folder:
             with suppress(OSError):  # a full disk must not hide what went wrong
+                folder.log(f"error: {error}")
                 folder.set_status("failed", step=progress.step, message=str(error))
                 folder.close()
         raise
@@ -189,13 +191,17 @@ def _check_rows_drawn(run: Run, result: UpdateResult, step: int) -> None:
         raise RuntimeError(f"update {step} read {drawn} rows of its sources, the mixture plans {planned}")
 
 
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "deepspeed", "moepp_ds")}
+
+
 def _save(run: Run, progress: Progress, loader: Loader) -> None:
     recipe = run.recipe
     facts = {
         "tokens": progress.step * recipe.train.batch_tokens,
         "recipe": recipe.model_dump(mode="json"),
         "data": loader.state(),
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "moepp_ds")},
+        "versions": _versions(),
     }
     with all_or_none():
         if run.folder:
@@ -220,14 +226,20 @@ def _open_folder(
     return folder
 
 
-def _announce(run: Run, progress: Progress, checkpoint: Path | None, changes: Sequence[str]) -> None:
-    """Print the arithmetic of the run and where it begins."""
+def _announce(
+    run: Run, progress: Progress, checkpoint: Path | None, changes: Sequence[str], *, resume: str
+) -> None:
+    """Print what runs, the arithmetic of the run and where it begins."""
+    versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
+    run.say(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {versions}, {run.ranks.world} ranks")
     for line in run.recipe.arithmetic(run.ranks.world):
         run.say(line)
     run.say(f"tokens drawn from {run.stream.mixture.describe()}")
     unscored = [name for name in run.stream.source_names if name not in run.held_out]
     if unscored:
         run.say(f"no text is held out of {', '.join(unscored)}: it is not evaluated (moepp-data build --held-out)")
+    if checkpoint is None and resume == "auto":
+        run.say(f"no checkpoint in {run.path}: starting at update 1")
     if checkpoint is not None:
         run.say(f"resumed from {checkpoint} after update {progress.step}")
     for change in changes:

@@ -269,7 +269,7 @@ def test_another_order_of_rows_is_refused_by_name(made: Path) -> None:
         state = loader.state()
     message = (
         "the checkpoint was trained on another order of rows: interleave was 2 and is 3; seed was 5 and is 6."
-        " Resume with the data and settings it was trained on, or start a new run (--resume none)"
+        " Resume with the data and settings it was trained on, or start a new run in another folder (--run-dir)"
     )
     other = open_stream(config(made, seed=6, interleave=3))
     with pytest.raises(DataError, match=re.escape(message)):

@@ -132,7 +132,7 @@ def ending(**changes: object) -> Ending:
             ending(launcher_code=1),
             None,
             FAILED,
-            "failed: the launcher ended with code 1, run/status.json was not written",
+            "failed before training began, with code 1; the reason is above",
         ),
         (
             ending(launcher_code=2, ranks_started=0),
@@ -149,7 +149,7 @@ def ending(**changes: object) -> Ending:
     ],
 )
 def test_verdict(seen: Ending, status: dict[str, object] | None, code: int, says: str) -> None:
-    assert judge(seen, status, Path("run")) == (code, says)
+    assert judge(seen, status) == (code, says)
 
 
 # ---- processes

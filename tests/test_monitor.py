@@ -116,7 +116,7 @@ def test_status_says_how_the_run_stands(tmp_path: Path) -> None:
         "message": "loss of update 6 is not finite",
     }
     folder.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "metrics.jsonl", "status.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "log.txt", "metrics.jsonl", "status.json"]
 
 
 def test_what_is_said_is_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +164,17 @@ def test_a_killed_process_leaves_metrics_and_curves(tmp_path: Path) -> None:
     assert killed.returncode == -9
     assert recorded(tmp_path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None}]  # JSON has no infinity
     assert curve(tmp_path, "train/loss") == [(1, 2.5)]
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
+    """The second is refused before it touches anything; the folder is free again once the first is closed."""
+    first = RunFolder(tmp_path, tensorboard=False, resumed_step=0)
+    first.record({"step": 1, "loss": 2.5})
+    with pytest.raises(ValueError, match="another process is training in .*; wait for it, stop it, or name another"):
+        RunFolder(tmp_path, tensorboard=False, resumed_step=0)
+    first.close()
+    assert recorded(tmp_path) == [{"step": 1, "loss": 2.5}]
+    RunFolder(tmp_path, tensorboard=False, resumed_step=1).close()
 
 
 def test_progress_line() -> None:

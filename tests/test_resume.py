@@ -35,6 +35,8 @@ def test_where_to_go_on(tmp_path: Path) -> None:
     older = run / "checkpoints/step-00000005"
     assert choose_checkpoint(run, str(older)) == older
     assert choose_checkpoint(empty, str(older)) == older  # a new run that begins there
+    assert choose_checkpoint(empty, str(run)) == run / "checkpoints/step-00000010"
+    assert choose_checkpoint(run, str(run / "checkpoints")) == run / "checkpoints/step-00000010"
 
 
 def test_no_record_is_overwritten(tmp_path: Path) -> None:
@@ -52,7 +54,9 @@ def test_no_record_is_overwritten(tmp_path: Path) -> None:
 
 def test_what_may_change(tmp_path: Path) -> None:
     """Other learning rates are named and allowed; another model or batch is refused, every difference at once."""
-    index = {"recipe": load_recipe(RECIPE).model_dump(mode="json")}
+    index = {"recipe": load_recipe(RECIPE).model_dump(mode="json"), "step": 10}
+    with pytest.raises(RecipeError, match="the run's length: 10 updates are done, the recipe ends after 5"):
+        compare_runs(load_recipe(RECIPE, ["train.max_steps=5"]), index)
     assert compare_runs(load_recipe(RECIPE), index) == []
     changed = load_recipe(RECIPE, ["train.max_lr=0.004", "checkpoint.every=5"])
     assert compare_runs(changed, index) == [

@@ -50,6 +50,7 @@ def write_fragments(file: Path, tensors: Mapping[tuple[str, str, int], Tensor]) 
         save_file({key: tensor.cpu().contiguous() for key, tensor in named.items()}, file)
     except SafetensorError as error:
         raise CheckpointError(f"{file} cannot be written: {error}") from error
+    file.chmod(0o644)  # readable by whom a shared file system lets near it, as the index is
     _fsync(file, forget=True)
     try:
         damaged = _first_difference(file, named)
