@@ -3,7 +3,8 @@
 Only the first rank makes a `RunFolder`. metrics.jsonl is the record: one JSON object an update, written before
 the checkpoint that covers it. A resumed run drops the lines after its checkpoint and writes them anew, so the
 file reads as if the run had never stopped. TensorBoard is written here rather than through DeepSpeed's monitor,
-which cannot purge the points after a checkpoint.
+which cannot purge the points after a checkpoint; other monitors that the DeepSpeed JSON turns on (csv_monitor,
+wandb) get the same scalars through it.
 """
 
 from __future__ import annotations

@@ -80,6 +80,7 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
         stream, held_out = open_stream(recipe.data), open_held_out(recipe.data)
         _check_vocabulary(recipe, stream)
     checkpoint = agree_on_checkpoint(path, resume, ranks)
+    index: dict[str, Any] | None = None
     changes: list[str] = []
     with all_or_none():
         if checkpoint is not None:
@@ -87,14 +88,15 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
             changes = compare_runs(recipe, index)
             check_position(index["data"], stream)
     engine, ds_config = build_engine(recipe, ranks, eos_id=stream.tokenizer.eos_id)
-    loaded = None if checkpoint is None else load_checkpoint(engine, checkpoint)
-    progress = Progress(loaded["step"] if loaded else 0)
+    if checkpoint is not None:
+        load_checkpoint(engine, checkpoint)
+    progress = Progress(index["step"] if index else 0)
     with all_or_none():
         folder = _open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
     run = Run(recipe, ranks, engine, stream, held_out, path, folder)
     try:
         _announce(run, progress, checkpoint, changes, resume=resume)
-        progress = _loop(run, progress, data_state=loaded["data"] if loaded else None, stop=stop)
+        progress = _loop(run, progress, data_state=index["data"] if index else None, stop=stop)
         _finish(run, progress)
     except Exception as error:
         if folder:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.loader import Batch
+from moepp_ds.agreement import gather
 from moepp_ds.engine import Ranks
 from moepp_ds.model import ModelOutput
 
@@ -63,12 +64,12 @@ def update(
     number = engine.global_steps + 1
     if not math.isfinite(loss):
         bad_M = ~torch.stack([output.loss for output in outputs]).isfinite()
-        raise NonFiniteError(f"loss of update {number} is not finite: " + _name_rows(bad_M, batches, ranks))
+        raise NonFiniteError(f"loss of update {number} is not finite: " + _name_rows(bad_M, batches))
     engine.step()
     if engine.optimizer.overflow and not engine.fp16_enabled():
         bad_M = torch.stack([_has_bad_gradient(engine.module, batch, ranks) for batch in batches])
         raise NonFiniteError(
-            f"gradient of update {number} is not finite although every loss is: " + _name_rows(bad_M, batches, ranks)
+            f"gradient of update {number} is not finite although every loss is: " + _name_rows(bad_M, batches)
         )
     return UpdateResult(
         loss=loss,
@@ -119,18 +120,14 @@ def _has_bad_gradient(model: torch.nn.Module, batch: Batch, ranks: Ranks) -> Ten
     return torch.stack([~gradient.isfinite().all() for gradient in gradients]).any()
 
 
-def _name_rows(bad_M: Tensor, batches: Sequence[Batch], ranks: Ranks) -> str:
+def _name_rows(bad_M: Tensor, batches: Sequence[Batch]) -> str:
     """The ranks and rows of the micro batches marked bad on any rank, and what to do. Collective."""
-    starts_M = torch.tensor([batch.row_start for batch in batches], device=ranks.device)
-    mine_M = starts_M.where(bad_M, -1)
-    everyone = [torch.empty_like(mine_M) for _ in range(ranks.world)]
-    dist.all_gather(everyone, mine_M)
+    starts = [batch.row_start for batch, bad in zip(batches, bad_M.tolist()) if bad]
     rows = len(batches[0].tokens_BS1)
     places = [
         f"rank {rank} rows {start} to {start + rows - 1}"
-        for rank, starts in enumerate(everyone)
-        for start in starts.tolist()
-        if start >= 0
+        for rank, bad_starts in enumerate(gather(starts))
+        for start in bad_starts
     ]
     return (
         f"{', '.join(places) or 'an FFN expert, or the sum over ranks'}; the weights were not changed. Look at the "
