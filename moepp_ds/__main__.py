@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import orjson
 import typer
 from rich.console import Console
 
 from data_pipeline.document import DataError
+from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.config import RecipeError, load_recipe
 from moepp_ds.report import print_report, report_run
+
+# Commands that load a model import it inside: the others answer at once.
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key")]
+Checkpoint = Annotated[Path, typer.Argument(help="folder of a checkpoint, or of a run: its newest")]
+Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer file; default: that of the recipe's shards")]
+Json = Annotated[Path | None, typer.Option("--json", help="write the result there, too, for scripts")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at MoE++ recipes and runs.")
 
@@ -19,7 +28,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at MoE+
 def recipe(
     path: Annotated[Path, typer.Argument(help="YAML file")],
     world: Annotated[int | None, typer.Option(help="ranks; default: those that share experts")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key")] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Check a recipe, print it with every default filled in, and print its arithmetic on WORLD ranks."""
     loaded = load_recipe(path, overrides or [])
@@ -46,11 +55,168 @@ def report(
         raise typer.Exit(1)
 
 
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="text to go on from")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="share of probability to draw from; 1 is all")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overrides: Overrides = None,
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Continue a text. Every token goes through the whole model anew; to serve a model, export it."""
+    from moepp_ds.generate import Sampling, complete
+    from moepp_ds.load import default_device, load_model
+
+    sampling = Sampling(temperature, top_p, seed)
+    loaded = load_model(checkpoint, overrides or [], device=default_device(), tokenizer=tokenizer)
+    typer.echo(complete(loaded, prompt, max_new_tokens=max_new_tokens, sampling=sampling).text)
+
+
+@app.command()
+def trace(
+    checkpoint: Annotated[Path, typer.Option(help="folder of a checkpoint, or of a run: its newest")],
+    text: Annotated[str, typer.Option(help="what is followed through the layers")],
+    seats: Annotated[bool, typer.Option("--seats", help="with a training step's seats, and what they drop")] = False,
+    json: Json = None,
+    overrides: Overrides = None,
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Show where each token of a text went, layer by layer: experts, combine weights, drops, FFN experts."""
+    from moepp_ds.load import default_device, load_model
+    from moepp_ds.trace import as_json, print_trace, trace_text
+
+    _check_place(json)
+    loaded = load_model(checkpoint, overrides or [], device=default_device(), tokenizer=tokenizer)
+    traced = trace_text(loaded, text, seats=seats)
+    _write_json(json, as_json(traced, loaded))
+    print_trace(traced, Console())
+
+
+@app.command()
+def evaluate(
+    checkpoint: Checkpoint,
+    overrides: Overrides = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="of each source; default: evaluation.rows")] = None,
+    sources: Annotated[bool, typer.Option("--sources", help="print every source, too")] = False,
+    json: Json = None,
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Score held-out text and measure what it took. One --set may sweep its key: --set KEY=V1,V2,V3."""
+    from moepp_ds.load import default_device, load_model
+    from moepp_ds.sweep import as_json, parse_sweep, print_sweep, sweep
+
+    _check_place(json)
+    plan = parse_sweep(overrides or [])
+    loaded = load_model(checkpoint, plan.settings()[0][1], device=default_device(), tokenizer=tokenizer)
+    points = sweep(loaded, plan, rows=rows)
+    try:
+        _write_json(json, as_json(loaded, plan, points))
+    finally:  # a full disk costs the file, not what it took long to measure
+        print_sweep(plan, points, Console(), sources=sources)
+
+
+@app.command()
+def upcycle(
+    run_dir: Annotated[Path, typer.Argument(help="folder of the run to be made")],
+    recipe: Annotated[Path, typer.Option(help="YAML file; its model section adds to what the checkpoint says")],
+    folders: Annotated[list[Path], typer.Option("--from", help="folder of a published checkpoint; dense: several")],
+    experts: Annotated[
+        Literal["copy", "noise", "split"] | None, typer.Option(help="what becomes of dense FFNs; default: copy")
+    ] = None,
+    noise: Annotated[float | None, typer.Option(help="with --experts noise: of each matrix's spread [0.01]")] = None,
+    attention: Annotated[
+        Literal["average", "first"] | None,
+        typer.Option(help="attention, norms, embeddings of several dense checkpoints; default: average"),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Start a run from a published MoE, which gains zero-computation experts, or from dense checkpoints as experts.
+
+    Sizes come from the checkpoint's config.json. The shards must be made with the checkpoint's tokenizer.
+    """
+    from moepp_ds.upcycle import upcycle as make_run
+
+    done = make_run(
+        run_dir, recipe, folders, experts=experts, attention=attention, noise=noise, overrides=overrides or []
+    )
+    for notice in done.notices:
+        typer.echo(f"note: {notice}", err=True)
+    typer.echo(f"{done.folder} holds the weights; go on with")
+    typer.echo(f"  bash launch/train.sh {run_dir}/recipe.yaml --run-dir {run_dir} --resume auto")
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="folder to be made")],
+    layout: Annotated[
+        Literal["moepp", "released"] | None,
+        typer.Option(help="whose names and keys; default: the released model's if it can say this model"),
+    ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the weights")] = "float32",
+    max_shard_size: Annotated[str, typer.Option(help="of a file of weights")] = "5GB",
+    overrides: Overrides = None,
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Write a model folder for transformers: weights, config, code, tokenizer and model card."""
+    import torch
+
+    from moepp_ds.hf_export import export_checkpoint, parse_size
+
+    done = export_checkpoint(
+        checkpoint,
+        out,
+        layout=layout,
+        dtype={"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype],
+        max_shard_bytes=parse_size(max_shard_size),
+        overrides=overrides or [],
+        tokenizer=tokenizer,
+    )
+    for notice in done.notices:
+        typer.echo(f"note: {notice}", err=True)
+    typer.echo(f"{done.folder} holds the model in the {done.layout} layout; fill in the license in its README.md")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="model folder of moepp export, or of the released model")],
+    run_dir: Annotated[Path, typer.Argument(help="folder of the run to be made")],
+    recipe: Annotated[Path, typer.Option(help="YAML file; its model section adds to what the folder says")],
+    overrides: Overrides = None,
+) -> None:
+    """Start a run from a model folder. The shards must be made with the folder's tokenizer."""
+    from moepp_ds.hf_import import import_folder
+
+    done = import_folder(folder, run_dir, recipe, overrides or [])
+    for notice in done.notices:
+        typer.echo(f"note: {notice}", err=True)
+    typer.echo(f"{done.folder} holds the weights; go on with")
+    typer.echo(f"  bash launch/train.sh {run_dir}/recipe.yaml --run-dir {run_dir} --resume auto")
+
+
+def _check_place(file: Path | None) -> None:
+    """Refuse a file that cannot be made, before the work whose result it is for."""
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise RecipeError(f"--json {file} cannot be written: name a file in a folder that exists")
+
+
+def _write_json(file: Path | None, content: dict[str, Any]) -> None:
+    if file is None:
+        return
+    try:
+        file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
+    except OSError as error:
+        raise RecipeError(f"--json {file} cannot be written: {error.strerror}; name another file") from None
+
+
 def main() -> None:
     """Run the command; a user's mistake is one message and exit code 1, not a traceback."""
     try:
         app()
-    except (RecipeError, DataError) as error:
+    except (RecipeError, DataError, CheckpointError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 

@@ -1,7 +1,8 @@
 """Seats: which assignments their experts accept, and in what order the FFN experts work on them.
 
 1. Wanted   how many assignments each expert received from the router.
-2. Seats    an expert with capacity C keeps C of them, the most probable or the first; dropless keeps all.
+2. Seats    an expert with capacity C keeps C of them: the most probable, the first, or first choices before second
+            ones (XMoE); dropless keeps all.
 3. Order    the kept assignments of the FFN experts, sorted by expert and then by token, are the rows of the products.
 
 Everything is integer bookkeeping on the router's choices: no gradient passes here.
@@ -16,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-DropPolicy = Literal["probability", "position"]
+DropPolicy = Literal["probability", "position", "rank"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class DispatchPlan:
 def plan_dispatch(
     *,
     expert_N: Tensor,
+    rank_N: Tensor,
     probability_N: Tensor,
     num_experts: int,
     num_ffn: int,
@@ -49,16 +51,21 @@ def plan_dispatch(
     """Give seats to the assignments `expert_N`, which are ordered by token.
 
     capacity_E: seats per expert, or None for dropless (MoE++ eq 8 is worked out by the recipe, not here).
-    drop_policy: a full expert keeps its most probable assignments (`probability`; ties: the earlier token) or those of
-    the earliest tokens (`position`).
+    drop_policy: a full expert keeps its most probable assignments (`probability`), those of the earliest tokens
+    (`position`), or those of lowest rank and of them the most probable (`rank`). Ties: the earlier token.
     """
-    wanted_E = torch.bincount(expert_N, minlength=num_experts)
+    wanted_E = count_by(expert_N, num_experts)
     if capacity_E is None:
         kept_E, kept_N = wanted_E, torch.ones_like(expert_N, dtype=torch.bool)
     else:
         seats_E = torch.as_tensor(capacity_E, device=expert_N.device)
         kept_E = torch.minimum(wanted_E, seats_E)
-        queue_N = _queues(expert_N, probability_N if drop_policy == "probability" else None)
+        keys: list[Tensor] = []  # what an expert sorts its wishes by, the last first
+        if drop_policy != "position":
+            keys.append(-probability_N)
+        if drop_policy == "rank":
+            keys.append(rank_N)
+        queue_N = _sorted_by([*keys, expert_N])
         kept_N = _place_in_queue(queue_N, expert_N, wanted_E) < seats_E[expert_N]
     # Refused assignments sort behind every expert, so the rows are a prefix and only the counts are read by the host.
     order_N = torch.argsort(expert_N.where(kept_N, num_experts), stable=True)
@@ -66,12 +73,17 @@ def plan_dispatch(
     return DispatchPlan(wanted_E, kept_E, kept_N, order_N[: sum(ffn_counts)], ffn_counts)
 
 
-def _queues(expert_N: Tensor, probability_N: Tensor | None) -> Tensor:
-    """Indices of the assignments, expert by expert; inside an expert by falling probability if given, else by token."""
-    if probability_N is None:
-        return torch.argsort(expert_N, stable=True)
-    by_probability_N = torch.argsort(probability_N, descending=True, stable=True)
-    return by_probability_N[torch.argsort(expert_N[by_probability_N], stable=True)]
+def count_by(index_N: Tensor, length: int) -> Tensor:
+    """How often each of 0..length-1 occurs, int64. Unlike bincount it never waits for a GPU."""
+    return index_N.new_zeros(length).index_add_(0, index_N, torch.ones_like(index_N))
+
+
+def _sorted_by(keys: Sequence[Tensor]) -> Tensor:
+    """Indices of the assignments in rising order of the last key, ties by the one before it, and so on."""
+    order_N = torch.argsort(keys[0], stable=True)
+    for key_N in keys[1:]:
+        order_N = order_N[torch.argsort(key_N[order_N], stable=True)]
+    return order_N
 
 
 def _place_in_queue(queue_N: Tensor, expert_N: Tensor, wanted_E: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 h = E[tokens]
 for each block:   h += attention(norm(h));   h += moe(norm(h), router logits of the MoE layer before)
-losses = cross-entropy(norm(h) W_head, next tokens) + beta * sum of balance losses      (MoE++, eq 9)
+loss = cross-entropy(norm(h) W_head, next tokens) + beta * sum of balance losses      (MoE++, eq 9)
+                                                  + zeta * sum of router z-losses
 
 Pre-norm, RMSNorm, rotary positions, SwiGLU, head untied from the embedding. With `every: n` only each n-th block has a
 MoE++ layer and the others a dense FFN of the same expert function; the router logits travel past them.
@@ -11,7 +12,7 @@ MoE++ layer and the others a dense FFN of the same expert function; the router l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moepp_ds.attention import CausalSelfAttention, RMSNorm, document_layout
 from moepp_ds.config import ModelConfig, MoEConfig, expert_capacity
+from moepp_ds.controller import RoutingInputs
 from moepp_ds.experts import FFNExperts
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.losses import token_losses
 from moepp_ds.moe_layer import LayerSettings, MoELayer, MoEOutput
+from moepp_ds.router import RouterSettings, jitter
+from moepp_ds.statistics import RoutingStatistics, stack
 
 LayerFactory = Callable[..., MoELayer]
 
@@ -32,15 +36,17 @@ LayerFactory = Callable[..., MoELayer]
 class ModelOutput:
     """What one micro batch gives. L counts MoE layers.
 
-    loss = lm_loss + balance_weight * balance_loss; all scalars in fp32, lm_loss in nats per token.
-    wanted_LE, kept_LE: int64, assignments per MoE layer and expert before and after seats.
+    loss = lm_loss + balance_weight * balance_loss + z_loss_weight * z_loss; all scalars in fp32, lm_loss in nats per
+    token, the other two summed over layers. statistics: of all MoE layers. layers: what each of them returned.
+    Only loss and layers hold on to the graph.
     """
 
     loss: Tensor
     lm_loss: Tensor
     balance_loss: Tensor
-    wanted_LE: Tensor
-    kept_LE: Tensor
+    z_loss: Tensor
+    statistics: RoutingStatistics
+    layers: tuple[MoEOutput, ...]
 
 
 class Block(nn.Module):
@@ -50,19 +56,36 @@ class Block(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = CausalSelfAttention(config.hidden_size, config.num_heads, config.rope_theta)
+        self.attention = CausalSelfAttention(
+            config.hidden_size,
+            config.num_heads,
+            config.rope_theta,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            qkv_bias=config.qkv_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+        )
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.moe = moe
         self.ffn = FFNExperts(1, config.hidden_size, config.ffn_hidden_size) if moe is None else None
 
     def forward(
-        self, h_BSD: Tensor, positions_BS: Tensor | None, document_BS: Tensor | None, logits_TE: Tensor | None
+        self,
+        h_BSD: Tensor,
+        positions_BS: Tensor | None,
+        document_BS: Tensor | None,
+        logits_TE: Tensor | None,
+        told: Mapping[str, Tensor | None],
     ) -> tuple[Tensor, MoEOutput | None]:
-        """Return the new hidden state and, of a MoE block, what its layer returned beside it."""
+        """Return the new hidden state and, of a MoE block, what its layer returned beside it.
+
+        logits_TE: of the MoE layer before. told: what a MoE layer is told beside its input (bias_E, share_E, noise_TD).
+        """
         h_BSD = h_BSD + self._maybe_recompute(self._attend, h_BSD, positions_BS, document_BS)
         x_TD = self.ffn_norm(h_BSD).flatten(0, 1)
         if self.moe is not None:
-            out = self.moe(x_TD, logits_TE, recompute=self.recompute)
+            out = self.moe(x_TD, logits_TE, recompute=self.recompute, **told)
             return h_BSD + out.output_TD.view_as(h_BSD), out
         assert self.ffn is not None
         return h_BSD + self._maybe_recompute(self.ffn, x_TD, (len(x_TD),)).view_as(h_BSD), None
@@ -107,28 +130,34 @@ class MoEPlusPlusModel(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens_BS1: Tensor) -> ModelOutput:
+    def forward(self, tokens_BS1: Tensor, routing: RoutingInputs | None = None) -> ModelOutput:
         """Losses of rows of S+1 token ids: the first S are read, the last S predicted."""
-        h_BSD, layers = self.hidden(tokens_BS1[:, :-1])
+        h_BSD, layers = self.hidden(tokens_BS1[:, :-1], routing)
         losses_T = token_losses(h_BSD.flatten(0, 1), self.head.weight, tokens_BS1[:, 1:].flatten())
-        lm_loss = losses_T.mean()
+        lm_loss, moe = losses_T.mean(), self.config.moe
         balance_loss = torch.stack([layer.balance_loss for layer in layers]).sum()
+        z_loss = torch.stack([layer.z_loss for layer in layers]).sum()
+        loss = lm_loss + moe.balance_weight * balance_loss
+        if moe.router.z_loss_weight:
+            loss = loss + moe.router.z_loss_weight * z_loss
         return ModelOutput(
-            loss=lm_loss + self.config.moe.balance_weight * balance_loss,
+            loss=loss,
             lm_loss=lm_loss.detach(),
             balance_loss=balance_loss.detach(),
-            wanted_LE=torch.stack([layer.wanted_E for layer in layers]),
-            kept_LE=torch.stack([layer.kept_E for layer in layers]),
+            z_loss=z_loss.detach(),
+            statistics=stack([layer.statistics for layer in layers]),
+            layers=tuple(layers),
         )
 
-    def token_losses(self, tokens_BS1: Tensor) -> Tensor:
+    def token_losses(self, tokens_BS1: Tensor, routing: RoutingInputs | None = None) -> Tensor:
         """Cross-entropy of every predicted token of rows of S+1 ids, [B, S] in nats: what evaluation needs."""
-        h_BSD, _ = self.hidden(tokens_BS1[:, :-1])
+        h_BSD, _ = self.hidden(tokens_BS1[:, :-1], routing)
         targets_BS = tokens_BS1[:, 1:]
         return token_losses(h_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten()).view_as(targets_BS)
 
-    def hidden(self, tokens_BS: Tensor) -> tuple[Tensor, list[MoEOutput]]:
+    def hidden(self, tokens_BS: Tensor, routing: RoutingInputs | None = None) -> tuple[Tensor, list[MoEOutput]]:
         """The normalised last hidden state [B, S, D] and what every MoE layer returned."""
+        routing = routing or RoutingInputs()
         positions_BS = document_BS = None
         if self.config.document_attention:
             positions_BS, document_BS = document_layout(tokens_BS, self.eos_id)
@@ -136,9 +165,29 @@ class MoEPlusPlusModel(nn.Module):
         layers: list[MoEOutput] = []
         for block in self.blocks:
             logits_TE = layers[-1].logits_TE if layers else None
-            h_BSD, out = block(h_BSD, positions_BS, document_BS, logits_TE)
+            told = {} if block.moe is None else self._tell(len(layers), routing, h_BSD)
+            h_BSD, out = block(h_BSD, positions_BS, document_BS, logits_TE, told)
             layers += [] if out is None else [out]
         return self.norm(h_BSD), layers
+
+    def _tell(self, layer: int, routing: RoutingInputs, h_BSD: Tensor) -> dict[str, Tensor | None]:
+        """What MoE layer `layer` is told beside its input."""
+        amount = self.config.moe.router.jitter
+        noise_TD = None
+        if amount and self.training:
+            noise_TD = jitter(
+                h_BSD.shape,
+                amount,
+                seed=routing.seed,
+                first_row=routing.first_row,
+                layer=layer,
+                device=h_BSD.device,
+            )
+        return {
+            "bias_E": None if routing.bias_LE is None else routing.bias_LE[layer],
+            "share_E": None if routing.share_LE is None else routing.share_LE[layer],
+            "noise_TD": noise_TD,
+        }
 
 
 def expert_kinds(moe: MoEConfig) -> ExpertKinds:
@@ -154,9 +203,25 @@ def _moe_layer(config: ModelConfig, factory: LayerFactory, *, has_residual: bool
         return [capacity.ffn] * kinds.num_ffn + [capacity.zero_computation] * kinds.num_zero_computation
 
     settings = LayerSettings(
-        top_k=moe.top_k, tau=moe.tau, seats=None if moe.dropless else seats, drop_policy=moe.drop_policy
+        router=RouterSettings(
+            top_k=moe.top_k,
+            threshold=moe.router.threshold,
+            num_layers=moe.router.num_layers,
+            logit_std=moe.router.logit_std,
+            combine=moe.combine,
+            combine_scale=moe.combine_scale,
+            num_zero=moe.num_zero,
+        ),
+        tau=moe.tau,
+        seats=None if moe.dropless else seats,
+        drop_policy=moe.drop_policy or "probability",
+        expert_input_scale=moe.expert_input_scale,
+        shared_ffn_hidden_size=moe.num_shared_experts * config.expert_ffn_hidden_size,
+        shared_expert_gate=moe.shared_expert_gate,
+        balance=moe.balance,
+        balance_counts=moe.balance_counts,
     )
-    return factory(config.hidden_size, config.ffn_hidden_size, kinds, settings, has_residual=has_residual)
+    return factory(config.hidden_size, config.expert_ffn_hidden_size, kinds, settings, has_residual=has_residual)
 
 
 def expert_offsets(model: nn.Module) -> dict[str, int]:
@@ -171,15 +236,15 @@ def expert_offsets(model: nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def initialize(model: nn.Module, *, seed: int, std: float) -> None:
-    """Fill every parameter: norms 1, all else normal(0, std).
+    """Fill every parameter: norms 1, biases 0, all else normal(0, std).
 
     Each parameter, and each FFN expert of a stacked one, draws from its own generator keyed by (seed, global name,
     global expert), so the values do not depend on the layout: ranks that own other experts make other numbers, and
     replicas agree without being sent.
     """
     for name, tensor in _independent_pieces(model):
-        if name.endswith("norm.weight"):
-            tensor.fill_(1.0)
+        if name.endswith(("norm.weight", ".bias")):
+            tensor.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
         key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)

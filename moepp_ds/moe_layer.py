@@ -1,10 +1,13 @@
-"""The MoE++ layer: heterogeneous experts behind one router (MoE++, arXiv 2410.07348)."""
+"""The MoE++ layer: heterogeneous experts behind one router (MoE++, arXiv 2410.07348).
+
+XMoE's threshold router, AdaMoE's null experts and LongCat-Flash's budget are settings of the same layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from moepp_ds.dispatch import DispatchPlan, DropPolicy, plan_dispatch
 from moepp_ds.experts import ConstantExperts, FFNExperts, zero_computation_output
 from moepp_ds.kinds import ExpertKinds
-from moepp_ds.losses import balance_loss
-from moepp_ds.router import Router
+from moepp_ds.losses import Balance, balance_loss, normalized_balance, z_loss
+from moepp_ds.products import linear
+from moepp_ds.router import Router, RouterSettings, Routing
+from moepp_ds.statistics import RoutingStatistics, first_choices, routing_statistics
 
 
 class Parcel(Protocol):
@@ -60,39 +65,49 @@ class LocalExchange:
 class MoEOutput:
     """What a layer returns; nothing is stored in it.
 
-    output_TD: in the dtype of x. logits_TE: fp32, for the next layer's gating residual. balance_loss: scalar, not yet
-    weighted. wanted_E, kept_E: int64, assignments per expert before and after seats.
+    output_TD: in the dtype of x. logits_TE: fp32, for the next layer's gating residual. balance_loss, z_loss: scalars,
+    not yet weighted. statistics: sums over the tokens. routing, plan: who went where.
     """
 
     output_TD: Tensor
     logits_TE: Tensor
     balance_loss: Tensor
-    wanted_E: Tensor
-    kept_E: Tensor
+    z_loss: Tensor
+    statistics: RoutingStatistics
+    routing: Routing
+    plan: DispatchPlan
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """The choices of one MoE++ layer that are not sizes.
+    """The choices of one MoE++ layer; the recipe explains each under the same name.
 
     seats: from a number of tokens, the seats of every expert in index order (eq 8); None is dropless.
+    shared_ffn_hidden_size: inner width of all shared experts together, 0 for none.
     """
 
-    top_k: int
+    router: RouterSettings
     tau: float
     seats: Callable[[int], Sequence[int]] | None
-    drop_policy: DropPolicy
+    drop_policy: DropPolicy = "probability"
+    expert_input_scale: float = 1.0
+    shared_ffn_hidden_size: int = 0
+    shared_expert_gate: bool = False
+    balance: Balance = "per_expert"
+    balance_counts: Literal["all", "first"] = "all"
 
 
 class MoELayer(nn.Module):
     """y_T = sum over the experts i that token t chose and that had a seat: g_ti E_i(x_t)   (MoE++, eq 1)
 
-    1 route    G = W x + Wg G_before; p = softmax(G); the K best                         (eq 1, 6)
+    1 route    G = W x + Wg G_before; p = softmax(G); the K best, or as many as hold a
+               share of p                                                       (eq 1, 6; XMoE)
     2 seat     C_FFN and C_ZC seats per expert, or as many as asked for                   (eq 8)
     3 compute  FFN assignments travel to their experts' ranks; meanwhile zero, copy and
-               constant experts are one scale of x and one small product, at home         (eq 3, 4, 5)
+               constant experts are one scale of x and one small product, at home, and
+               shared experts, which every token uses, one FFN               (eq 3, 4, 5)
     4 combine  results return, times g, and are added where they came from                (eq 1)
-    5 report   balance loss and counts are returned                                       (eq 7)
+    5 report   losses and statistics are returned                                         (eq 7)
 
     Evaluation is dropless: seats bound the cost of a training step, and with them the output for one token would
     depend on later tokens of the batch.
@@ -115,20 +130,35 @@ class MoELayer(nn.Module):
         self.settings = settings
         self.first_local_expert = first_local_expert
         self.exchange = exchange or LocalExchange()
-        self.router = Router(hidden_size, kinds.total, top_k=settings.top_k, has_residual=has_residual)
+        self.router = Router(hidden_size, kinds.total, settings.router, has_residual=has_residual)
         self.experts = FFNExperts(num_local_experts or kinds.num_ffn, hidden_size, ffn_hidden_size)
         self.constants = ConstantExperts(kinds.num_constant, hidden_size) if kinds.num_constant else None
+        shared = settings.shared_ffn_hidden_size
+        self.shared = FFNExperts(1, hidden_size, shared) if shared else None
+        self.shared_gate_D = nn.Parameter(torch.empty(hidden_size)) if settings.shared_expert_gate else None
 
-    def forward(self, x_TD: Tensor, previous_logits_TE: Tensor | None, *, recompute: bool = False) -> MoEOutput:
+    def forward(
+        self,
+        x_TD: Tensor,
+        previous_logits_TE: Tensor | None,
+        *,
+        bias_E: Tensor | None = None,
+        share_E: Tensor | None = None,
+        noise_TD: Tensor | None = None,
+        recompute: bool = False,
+    ) -> MoEOutput:
         """Apply the layer to the tokens of one micro batch.
 
+        bias_E: of the controller, for selection alone. share_E: load that the balance loss uses in place of this micro
+        batch's. noise_TD: the router's input is multiplied by it.
         recompute: the experts' activations are computed again in the backward pass. The routing is not: it is an
         input of what is recomputed, so a token cannot be routed anew and nothing is counted twice.
         """
-        routing = self.router(x_TD, previous_logits_TE)
+        routing = self.router(x_TD, previous_logits_TE, bias_E=bias_E, noise_TD=noise_TD)
         plan = plan_dispatch(
             expert_N=routing.expert_N,
-            probability_N=routing.gate_N,
+            rank_N=routing.rank_N,
+            probability_N=routing.probability_N,
             num_experts=self.kinds.total,
             num_ffn=self.kinds.num_ffn,
             capacity_E=self.settings.seats(len(x_TD)) if self.settings.seats and self.training else None,
@@ -139,21 +169,35 @@ class MoELayer(nn.Module):
             output_TD = checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             output_TD = self.compute(*inputs)
-        loss = balance_loss(
-            probability_TE=routing.probability_TE,
-            wanted_E=plan.wanted_E,
-            num_ffn=self.kinds.num_ffn,
-            tau=self.settings.tau,
+        loss, normalized = self._balance(routing, plan, share_E)
+        top_k = self.settings.router.top_k
+        return MoEOutput(
+            output_TD=output_TD,
+            logits_TE=routing.logits_TE,
+            balance_loss=loss,
+            z_loss=z_loss(routing.scored_TE),
+            statistics=routing_statistics(
+                routing,
+                plan,
+                kinds=self.kinds,
+                most_ffn=min(top_k or self.kinds.num_ffn, self.kinds.num_ffn),
+                balance=normalized,
+            ),
+            routing=routing,
+            plan=plan,
         )
-        return MoEOutput(output_TD, routing.logits_TE, loss, plan.wanted_E, plan.kept_E)
 
     def compute(
         self, x_TD: Tensor, gate_N: Tensor, token_N: Tensor, expert_N: Tensor, plan: DispatchPlan
     ) -> Tensor:
         """Steps 3 and 4 on a routing that is already decided: the output for x_TD."""
+        scale = self.settings.expert_input_scale
+        input_TD = x_TD if scale == 1 else x_TD * scale
         rows_token_R = token_N[plan.order_R]
-        parcel = self.exchange.send(x_TD.index_select(0, rows_token_R), plan.ffn_counts)
-        output_TD = self._zero_computation(x_TD, gate_N * plan.kept_N, token_N, expert_N)
+        parcel = self.exchange.send(input_TD.index_select(0, rows_token_R), plan.ffn_counts)
+        output_TD = self._zero_computation(input_TD, gate_N * plan.kept_N, token_N, expert_N)
+        if self.shared is not None:
+            output_TD = output_TD + self._shared(x_TD)
         rows_QD, counts = parcel.receive()
         result_RD = parcel.give_back(self.experts(rows_QD, counts))
         gate_R1 = gate_N[plan.order_R].unsqueeze(-1)
@@ -170,3 +214,31 @@ class MoELayer(nn.Module):
             constant_gate_TJ=gate_TE[:, ranges["constant"]],
             constants=self.constants,
         )
+
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        """The shared experts together: one FFN as wide as all of them, times a sigmoid of the token if gated."""
+        assert self.shared is not None
+        output_TD = self.shared(x_TD, (len(x_TD),))
+        if self.shared_gate_D is None:
+            return output_TD
+        return torch.sigmoid(linear(x_TD, self.shared_gate_D.unsqueeze(0))) * output_TD
+
+    def _balance(self, routing: Routing, plan: DispatchPlan, share_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The balance loss, and beside its perfect value; where no loss is wanted the latter is eq 7's."""
+        settings = self.settings
+        if share_E is None:
+            count_E = plan.wanted_E if settings.balance_counts == "all" else first_choices(routing, self.kinds.total)
+            share_E = count_E.to(routing.probability_TE.dtype) / len(routing.probability_TE)
+
+        def value(balance: Balance) -> Tensor:
+            return balance_loss(
+                probability_TE=routing.probability_TE,
+                share_E=share_E,
+                kinds=self.kinds,
+                tau=settings.tau,
+                balance=balance,
+            )
+
+        loss = value(settings.balance)
+        shown = value("per_expert") if settings.balance == "none" else loss
+        return loss, normalized_balance(shown.detach(), share_E=share_E, kinds=self.kinds, tau=settings.tau)

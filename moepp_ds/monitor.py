@@ -21,31 +21,55 @@ from typing import Any, TextIO
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.atomic import write_atomically
+from moepp_ds.controller import RoutingState
 from moepp_ds.kinds import ExpertKinds
+from moepp_ds.statistics import RoutingStatistics
 
 
 def layer_metrics(
-    wanted_LE: Sequence[Sequence[int]], kept_LE: Sequence[Sequence[int]], *, kinds: ExpertKinds, tokens: int
+    statistics: RoutingStatistics,
+    *,
+    kinds: ExpertKinds,
+    tokens: int,
+    state: RoutingState = RoutingState(),
+    gradient_ratio_L: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
-    """One record per MoE layer, from assignments counted over an update of `tokens` tokens.
+    """One record per MoE layer, from the sums over an update of `tokens` tokens.
 
-    share: of the assignments the router made, by expert kind. ffn_experts_per_token: mean FFN experts that
-    computed a token (after drops). dropped: share of all assignments that found no seat. ffn_load: assignments
-    kept by each FFN expert, 1.0 being the mean over FFN experts.
+    share: of the assignments the router made, by expert kind. ffn_experts_per_token: mean routed FFN experts that
+    computed a token (after drops), wanted_ffn_experts_per_token: that it chose. ffn_experts_histogram: share of the
+    tokens that 0, 1, 2, ... FFN experts computed. dropped: share of all assignments that found no seat, dropped_share:
+    of each kind's. ffn_load: assignments kept by each FFN expert, 1.0 being the mean over FFN experts. balance: the
+    balance loss over its value at perfect balance. entropy: of the router's scores in nats; top_1, top_2: mean highest
+    and second highest score. bias: the controller's, of each FFN expert. gradient_ratio: see moepp_ds.gradient_ratio.
     """
     records = []
-    for wanted_E, kept_E in zip(wanted_LE, kept_LE):
-        total, ffn = sum(wanted_E), kept_E[: kinds.num_ffn]
-        records.append(
-            {
-                "share": {
-                    kind: sum(wanted_E[at]) / total for kind, at in kinds.slices().items() if wanted_E[at]
-                },
-                "ffn_experts_per_token": sum(ffn) / tokens,
-                "dropped": (total - sum(kept_E)) / total,
-                "ffn_load": [count * len(ffn) / max(sum(ffn), 1) for count in ffn],
-            }
+    for layer in range(len(statistics.balance)):
+        wanted_E, kept_E, histogram_H = (
+            getattr(statistics, name)[layer].tolist() for name in ("wanted_E", "kept_E", "histogram_H")
         )
+        ffn = kept_E[: kinds.num_ffn]
+        ranges = {kind: at for kind, at in kinds.slices().items() if at.start < at.stop}
+        wanted = {kind: sum(wanted_E[at]) for kind, at in ranges.items()}
+        kept = {kind: sum(kept_E[at]) for kind, at in ranges.items()}
+        record: dict[str, Any] = {
+            "share": {kind: count / sum(wanted_E) for kind, count in wanted.items()},
+            "ffn_experts_per_token": sum(ffn) / tokens,
+            "wanted_ffn_experts_per_token": wanted["ffn"] / tokens,
+            "ffn_experts_histogram": [count / tokens for count in histogram_H],
+            "dropped": (sum(wanted_E) - sum(kept_E)) / sum(wanted_E),
+            "dropped_share": {kind: (count - kept[kind]) / count for kind, count in wanted.items() if count},
+            "ffn_load": [count * len(ffn) / max(sum(ffn), 1) for count in ffn],
+            **{
+                name: float(getattr(statistics, name)[layer]) / tokens
+                for name in ("balance", "entropy", "top_1", "top_2")
+            },
+        }
+        if state.bias_LE is not None:
+            record["bias"] = list(state.bias_LE[layer][: kinds.num_ffn])
+        if gradient_ratio_L is not None:
+            record["gradient_ratio"] = gradient_ratio_L[layer]
+        records.append(record)
     return records
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moepp_ds.agreement import all_or_none, gather
-from moepp_ds.checkpoint import find_checkpoint
+from moepp_ds.checkpoint.files import find_checkpoint
 from moepp_ds.config import Recipe, RecipeError
 from moepp_ds.engine import Ranks
 
@@ -54,7 +54,8 @@ def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
     Raises RecipeError where the function being trained, or what was counted of it, would become another one. For the
     order of rows the loader's `check_position` does the same.
     """
-    stored, asked = _flatten(index["recipe"]), _flatten(recipe.model_dump(mode="json"))
+    # Read as a recipe, so that a key that is newer than the checkpoint has the default it had then.
+    stored, asked = (_flatten(one.model_dump(mode="json")) for one in (Recipe.model_validate(index["recipe"]), recipe))
     changes = {
         key: f"{key}: {stored.get(key)} then, {asked.get(key)} now"
         for key in sorted(stored.keys() | asked.keys())

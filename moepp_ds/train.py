@@ -21,9 +21,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,43 +28,19 @@ import torch.distributed as dist
 
 from data_pipeline.document import DataError
 from data_pipeline.loader import Loader, check_position
-from data_pipeline.stream import HeldOut, RowStream, open_held_out, open_stream
+from data_pipeline.stream import RowStream, open_held_out, open_stream
 from moepp_ds.agreement import AgreedError, all_or_none
-from moepp_ds.checkpoint import CheckpointError, load_checkpoint, read_index, save_checkpoint
-from moepp_ds.config import Recipe, RecipeError, load_recipe
-from moepp_ds.engine import Ranks, build_engine, join_ranks
-from moepp_ds.evaluate import Score, evaluate, score_lines
-from moepp_ds.model import expert_kinds
-from moepp_ds.monitor import RunFolder, layer_metrics, progress_line
+from moepp_ds.checkpoint import CheckpointError
+from moepp_ds.checkpoint.files import read_index
+from moepp_ds.checkpoint.live import load_checkpoint
+from moepp_ds.config import Recipe, RecipeError, controller_rate, load_recipe
+from moepp_ds.controller import RoutingState, next_state, restored_state
+from moepp_ds.engine import build_engine, join_ranks
+from moepp_ds.evaluate import Score, evaluate
 from moepp_ds.resume import agree_on_checkpoint, compare_runs
+from moepp_ds.run import Progress, Run, announce, check_rows_drawn, finish, open_folder, record, save
 from moepp_ds.stop import StopSignal
 from moepp_ds.update import NonFiniteError, UpdateResult, update
-
-
-@dataclass(frozen=True)
-class Run:
-    """What stays the same from the first update of this process to its last. `folder` is None on all but one rank."""
-
-    recipe: Recipe
-    ranks: Ranks
-    engine: Any
-    stream: RowStream
-    held_out: Mapping[str, HeldOut]
-    path: Path
-    folder: RunFolder | None
-
-    def say(self, line: str) -> None:
-        """Print and log, once for all ranks."""
-        if self.folder:
-            self.folder.say(line)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where the run is: updates done, and whether some rank was asked to stop."""
-
-    step: int
-    stop: bool = False
 
 
 def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progress:
@@ -86,18 +59,21 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
         if checkpoint is not None:
             index = read_index(checkpoint)
             changes = compare_runs(recipe, index)
-            check_position(index["data"], stream)
+            if index["data"] is not None:  # a run that starts from given weights has read no rows
+                check_position(index["data"], stream)
     engine, ds_config = build_engine(recipe, ranks, eos_id=stream.tokenizer.eos_id)
     if checkpoint is not None:
         load_checkpoint(engine, checkpoint)
-    progress = Progress(index["step"] if index else 0)
+    model = recipe.model
+    routing = restored_state(index.get("routing") if index else None, model.moe, model.num_moe_layers)
+    progress = Progress(index["step"] if index else 0, routing)
     with all_or_none():
-        folder = _open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
+        folder = open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
     run = Run(recipe, ranks, engine, stream, held_out, path, folder)
     try:
-        _announce(run, progress, checkpoint, changes, resume=resume)
+        announce(run, progress, checkpoint, changes, resume=resume)
         progress = _loop(run, progress, data_state=index["data"] if index else None, stop=stop)
-        _finish(run, progress)
+        finish(run, progress)
     except Exception as error:
         if folder:
             with suppress(OSError):  # a full disk must not hide what went wrong
@@ -115,6 +91,7 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
 def _loop(run: Run, progress: Progress, *, data_state: Mapping[str, Any] | None, stop: StopSignal) -> Progress:
     """Update after update, from `progress` to the end of the run or to a stop; the last one is always saved."""
     recipe, ranks, total = run.recipe, run.ranks, run.recipe.total_steps
+    every = recipe.monitor.gradient_ratio_every
     with Loader(
         run.stream,
         rank=ranks.rank,
@@ -125,23 +102,44 @@ def _loop(run: Run, progress: Progress, *, data_state: Mapping[str, Any] | None,
     ) as loader:
         while progress.step < total and not progress.stop:
             started = time.perf_counter()
-            batches = next(loader)
-            rate = recipe.learning_rate(progress.step)
             result = update(
-                run.engine, batches, ranks, rate=rate, num_sources=len(run.stream.source_names), stop=stop.requested
+                run.engine,
+                next(loader),
+                ranks,
+                rate=recipe.learning_rate(progress.step),
+                num_sources=len(run.stream.source_names),
+                stop=stop.requested,
+                routing=progress.routing,
+                seed=recipe.train.seed,
+                watch=every is not None and (progress.step + 1) % every == 0,
             )
             seconds = time.perf_counter() - started
-            progress = Progress(progress.step + 1, result.stop)
-            _check_rows_drawn(run, result, progress.step)
-            ends = progress.stop or progress.step == total
-            scores = _evaluate(run) if progress.step % recipe.evaluation.every == 0 or progress.step == total else {}
-            _record(run, progress, result, scores, seconds=seconds)
-            if progress.step % recipe.checkpoint.every == 0 or ends:
-                _save(run, progress, loader)
+            progress = Progress(progress.step + 1, _steer(recipe, progress, result), result.stop)
+            check_rows_drawn(run, result, progress.step)
+            last = progress.step == total
+            scores = _evaluate(run, progress) if last or progress.step % recipe.evaluation.every == 0 else {}
+            record(run, progress, result, scores, seconds=seconds)
+            if last or progress.stop or progress.step % recipe.checkpoint.every == 0:
+                save(run, progress, loader)
     return progress
 
 
-def _evaluate(run: Run) -> dict[str, Score]:
+def _steer(recipe: Recipe, progress: Progress, result: UpdateResult) -> RoutingState:
+    """What routing remembers after the update that followed `progress`."""
+    moe = recipe.model.moe
+    rate = 0.0 if moe.controller is None else controller_rate(moe.controller, progress.step, recipe.total_steps)
+    counts = result.statistics
+    return next_state(
+        progress.routing,
+        moe,
+        wanted_LE=counts.wanted_E,
+        first_LE=counts.first_E,
+        tokens=recipe.train.batch_tokens,
+        rate=rate,
+    )
+
+
+def _evaluate(run: Run, progress: Progress) -> dict[str, Score]:
     return evaluate(
         run.engine.module,
         run.held_out,
@@ -149,111 +147,8 @@ def _evaluate(run: Run) -> dict[str, Score]:
         seq_len=run.recipe.data.seq_len,
         micro_batch_size=run.recipe.train.micro_batch_size,
         rows=run.recipe.evaluation.rows,
+        routing=progress.routing.inputs(seed=0, first_row=0, device=run.ranks.device),
     )
-
-
-def _record(
-    run: Run, progress: Progress, result: UpdateResult, scores: Mapping[str, Score], *, seconds: float
-) -> None:
-    """Write one update's metrics, and print a line now and then."""
-    if run.folder is None:
-        return
-    recipe, step = run.recipe, progress.step
-    tokens, rows = recipe.train.batch_tokens, step * recipe.batch_rows
-    metrics: dict[str, Any] = {
-        "step": step,
-        "tokens": step * tokens,
-        "loss": result.loss,
-        "lm_loss": result.lm_loss,
-        "balance_loss": result.balance_loss,
-        "grad_norm": result.grad_norm,
-        "lr": recipe.learning_rate(step - 1),
-        "tokens_per_s": tokens / seconds,
-        "layers": layer_metrics(
-            result.wanted_LE, result.kept_LE, kinds=expert_kinds(recipe.model.moe), tokens=tokens
-        ),
-        "sampled_share": {name: drawn / rows for name, drawn in run.stream.mixture.drawn(rows).items()},
-    }
-    if scores:
-        metrics["validation"] = {source: asdict(score) for source, score in scores.items()}
-    run.folder.record(metrics)
-    if step % recipe.train.log_every == 0 or step == recipe.total_steps or progress.stop:
-        left = (recipe.total_steps - step) * seconds
-        run.say(progress_line(metrics, total_steps=recipe.total_steps, seconds_left=left))
-    if scores:
-        run.say("\n".join([f"held-out text after update {step}:", *score_lines(scores)]))
-
-
-def _check_rows_drawn(run: Run, result: UpdateResult, step: int) -> None:
-    """Compare the rows that all ranks read of each source, as counted, with those the mixture plans for this update."""
-    before, after = (run.stream.mixture.drawn(at * run.recipe.batch_rows) for at in (step - 1, step))
-    drawn = dict(zip(run.stream.source_names, result.source_rows))
-    planned = {name: after[name] - before[name] for name in drawn}
-    if drawn != planned:
-        raise RuntimeError(f"update {step} read {drawn} rows of its sources, the mixture plans {planned}")
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "deepspeed", "moepp_ds")}
-
-
-def _save(run: Run, progress: Progress, loader: Loader) -> None:
-    recipe = run.recipe
-    facts = {
-        "tokens": progress.step * recipe.train.batch_tokens,
-        "recipe": recipe.model_dump(mode="json"),
-        "data": loader.state(),
-        "versions": _versions(),
-    }
-    with all_or_none():
-        if run.folder:
-            run.folder.sync()
-    folder = save_checkpoint(
-        run.engine, run.path / "checkpoints", step=progress.step, facts=facts, keep=recipe.checkpoint.keep
-    )
-    if run.folder:
-        run.folder.set_status("running", step=progress.step)
-    run.say(f"saved {folder}")
-
-
-def _open_folder(
-    recipe: Recipe, ds_config: Mapping[str, Any], path: Path, progress: Progress, engine: Any
-) -> RunFolder:
-    """The run folder with what the run was started with; the first rank's alone."""
-    folder = RunFolder(
-        path, tensorboard=recipe.monitor.tensorboard, resumed_step=progress.step, others=engine.monitor
-    )
-    folder.describe(recipe=recipe.dump(), ds_config=ds_config)
-    folder.set_status("running", step=progress.step)
-    return folder
-
-
-def _announce(
-    run: Run, progress: Progress, checkpoint: Path | None, changes: Sequence[str], *, resume: str
-) -> None:
-    """Print what runs, the arithmetic of the run and where it begins."""
-    versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
-    run.say(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {versions}, {run.ranks.world} ranks")
-    for line in run.recipe.arithmetic(run.ranks.world):
-        run.say(line)
-    run.say(f"tokens drawn from {run.stream.mixture.describe()}")
-    unscored = [name for name in run.stream.source_names if name not in run.held_out]
-    if unscored:
-        run.say(f"no text is held out of {', '.join(unscored)}: it is not evaluated (moepp-data build --held-out)")
-    if checkpoint is None and resume == "auto":
-        run.say(f"no checkpoint in {run.path}: starting at update 1")
-    if checkpoint is not None:
-        run.say(f"resumed from {checkpoint} after update {progress.step}")
-    for change in changes:
-        run.say(f"resumed with another {change}")
-
-
-def _finish(run: Run, progress: Progress) -> None:
-    """The completion marker: what a supervisor trusts rather than exit codes."""
-    state = "completed" if progress.step >= run.recipe.total_steps else "stopped"
-    if run.folder:
-        run.folder.set_status(state, step=progress.step)
-    run.say(f"{state} after update {progress.step}: {run.path}")
 
 
 def _check_vocabulary(recipe: Recipe, stream: RowStream) -> None:

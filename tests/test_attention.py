@@ -1,12 +1,17 @@
-"""RMSNorm, rotary positions and attention, against typed-out numbers and a float64 oracle of loops."""
+"""RMSNorm, rotary positions and attention, against typed-out numbers, a float64 oracle of loops, and transformers."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.olmoe import modeling_olmoe as olmoe
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from moepp_ds.attention import (
     CausalSelfAttention,
@@ -25,8 +30,8 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def attention(hidden_size: int = 8, num_heads: int = 2) -> CausalSelfAttention:
-    layer = CausalSelfAttention(hidden_size, num_heads, THETA).double()
+def attention(hidden_size: int = 8, num_heads: int = 2, **choices: Any) -> CausalSelfAttention:
+    layer = CausalSelfAttention(hidden_size, num_heads, THETA, **choices).double()
     for seed, parameter in enumerate(layer.parameters()):
         parameter.data = random(*parameter.shape, seed=100 + seed) / hidden_size**0.5
     return layer
@@ -152,23 +157,36 @@ def oracle(
     layer: CausalSelfAttention, x_BSD: Tensor, positions: list[list[int]], documents: list[list[int]]
 ) -> Tensor:
     """Query by query, head by head; rotation as multiplication of complex numbers."""
-    width = x_BSD.shape[2] // layer.num_heads
+    group = layer.num_heads // layer.num_kv_heads
     rows = []
     for b, x_SD in enumerate(x_BSD):
         outputs = []
         for s in range(len(x_SD)):
+            seen = [z for z in range(s + 1) if documents[b][z] == documents[b][s]]
             heads = []
             for h in range(layer.num_heads):
-                own = slice(h * width, (h + 1) * width)
-                seen = [z for z in range(s + 1) if documents[b][z] == documents[b][s]]
-                q = turn(layer.q_proj.weight[own] @ x_SD[s], positions[b][s])
-                keys = [turn(layer.k_proj.weight[own] @ x_SD[z], positions[b][z]) for z in seen]
-                weights = torch.stack([q @ k for k in keys]).div(math.sqrt(width)).exp()
-                values = torch.stack([layer.v_proj.weight[own] @ x_SD[z] for z in seen])
+                q = turn(one_head(layer, "q", x_SD[s], h), positions[b][s])
+                keys = [turn(one_head(layer, "k", x_SD[z], h // group), positions[b][z]) for z in seen]
+                weights = torch.stack([q @ k for k in keys]).div(math.sqrt(len(q))).exp()
+                values = torch.stack([one_head(layer, "v", x_SD[z], h // group) for z in seen])
                 heads.append(weights / weights.sum() @ values)
             outputs.append(layer.o_proj.weight @ torch.cat(heads))
         rows.append(torch.stack(outputs))
     return torch.stack(rows)
+
+
+def one_head(layer: CausalSelfAttention, kind: str, x_D: Tensor, head: int) -> Tensor:
+    """Features of one head of queries, keys or values, before rotation."""
+    project = getattr(layer, f"{kind}_proj")
+    features = project.weight @ x_D
+    if project.bias is not None:
+        features = features + project.bias
+    own = slice(head * layer.head_width, (head + 1) * layer.head_width)
+    if kind == "v" or layer.qk_norm == "none":
+        return features[own]
+    norm = getattr(layer, f"{kind}_norm")
+    together, weight = (features, norm.weight[own]) if layer.qk_norm == "full" else (features[own], norm.weight)
+    return features[own] / (together.square().mean() + norm.eps).sqrt() * weight
 
 
 def turn(x_A: Tensor, position: int) -> Tensor:
@@ -182,10 +200,24 @@ def turn(x_A: Tensor, position: int) -> Tensor:
 
 TOKENS_BS = torch.tensor([[1, 2, EOS, 3, 4, 5], [1, EOS, EOS, 2, 3, EOS]])
 
+CHOICES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "groups of 2": {"num_heads": 4, "num_kv_heads": 2},
+    "one key head": {"num_heads": 4, "num_kv_heads": 1},
+    "wide heads": {"head_dim": 6},
+    "narrow heads": {"num_heads": 3, "head_dim": 2},  # 3 does not divide 8
+    "biases": {"qkv_bias": True},
+    "full norms": {"qk_norm": "full", "norm_eps": 0.1},
+    "head norms": {"qk_norm": "per_head", "norm_eps": 0.1},
+    "all of it": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "qkv_bias": True, "qk_norm": "full"},
+    "all, by head": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 4, "qkv_bias": True, "qk_norm": "per_head"},
+}
 
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
 @pytest.mark.parametrize("with_documents", [False, True])
-def test_values_and_gradients_equal_the_oracle(with_documents: bool) -> None:
-    layer, x_BSD = attention(), random(2, 6, 8).requires_grad_()
+def test_values_and_gradients_equal_the_oracle(with_documents: bool, choices: dict[str, Any]) -> None:
+    layer, x_BSD = attention(**choices), random(2, 6, 8).requires_grad_()
     positions_BS, document_BS = torch.arange(6).expand(2, 6), torch.zeros(2, 6, dtype=torch.int64)
     if with_documents:
         positions_BS, document_BS = document_layout(TOKENS_BS, EOS)
@@ -243,13 +275,78 @@ def test_bf16_stays_near_float64_and_keeps_its_dtype() -> None:
     assert (out.double() - exact).norm() < 2e-2 * exact.norm()
 
 
-def test_the_state_holds_the_four_projections_and_nothing_else() -> None:
-    state = attention().state_dict()
-    assert list(state) == ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
+def test_the_state_holds_the_projections_and_what_was_asked_for() -> None:
+    weights = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
+    assert list(attention().state_dict()) == weights
     assert not list(attention().buffers())
+    state = attention(12, 6, num_kv_heads=2, head_dim=4, qkv_bias=True, qk_norm="full").state_dict()
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == {
+        "q_proj.weight": [24, 12],
+        "q_proj.bias": [24],
+        "k_proj.weight": [8, 12],
+        "k_proj.bias": [8],
+        "v_proj.weight": [8, 12],
+        "v_proj.bias": [8],
+        "o_proj.weight": [12, 24],
+        "q_norm.weight": [24],
+        "k_norm.weight": [8],
+    }
+    state = attention(12, 6, num_kv_heads=2, head_dim=4, qk_norm="per_head").state_dict()
+    assert [list(state[f"{kind}_norm.weight"].shape) for kind in "qk"] == [[4], [4]]
 
 
-def test_heads_of_odd_width_are_refused() -> None:
+def test_head_shapes_that_cannot_be_are_refused() -> None:
     message = "hidden_size 12 is no multiple of 2 x num_heads 4 = 8; rotary positions need heads of even"
     with pytest.raises(ValueError, match=message):
         CausalSelfAttention(12, 4, THETA)
+    with pytest.raises(ValueError, match="head_dim 3 is odd; rotary positions need heads of even width"):
+        CausalSelfAttention(12, 4, THETA, head_dim=3)
+    with pytest.raises(ValueError, match="num_kv_heads 3 does not divide num_heads 4, so no group is whole"):
+        CausalSelfAttention(16, 4, THETA, num_kv_heads=3)
+
+
+# The attention of published models: the same function under the same parameter names
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
+    "rms_norm_eps": 1e-3,
+}
+PUBLISHED: dict[str, tuple[Any, str, dict[str, Any], dict[str, Any]]] = {
+    "llama": (llama, "Llama", {"num_key_value_heads": 4}, {}),
+    "llama, grouped": (llama, "Llama", {"num_key_value_heads": 2}, {"num_kv_heads": 2}),
+    "llama, wide heads": (
+        llama,
+        "Llama",
+        {"num_key_value_heads": 1, "head_dim": 12},
+        {"num_kv_heads": 1, "head_dim": 12},
+    ),
+    "qwen2": (qwen2, "Qwen2", {"num_key_value_heads": 2}, {"num_kv_heads": 2, "qkv_bias": True}),
+    "qwen3": (
+        qwen3,
+        "Qwen3",
+        {"num_key_value_heads": 2, "head_dim": 16},
+        {"num_kv_heads": 2, "head_dim": 16, "qk_norm": "per_head"},
+    ),
+    "olmoe": (olmoe, "Olmoe", {"num_key_value_heads": 4}, {"qk_norm": "full"}),
+    "olmoe, grouped": (olmoe, "Olmoe", {"num_key_value_heads": 2}, {"num_kv_heads": 2, "qk_norm": "full"}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_attention_is_one_of_the_choices(name: str) -> None:
+    module, family, theirs_only, ours_only = PUBLISHED[name]
+    config = getattr(module, f"{family}Config")(**SIZES, **theirs_only, attn_implementation="eager")
+    theirs: nn.Module = getattr(module, f"{family}Attention")(config, layer_idx=0)
+    ours = CausalSelfAttention(32, 4, THETA, norm_eps=1e-3, **ours_only)
+    for seed, parameter in enumerate(theirs.parameters()):
+        parameter.data = random(*parameter.shape, seed=seed, dtype=torch.float32) / 6
+    ours.load_state_dict(theirs.state_dict())  # strict: the names and shapes are theirs
+
+    x_BSD = random(2, 10, 32, dtype=torch.float32)
+    turns = getattr(module, f"{family}RotaryEmbedding")(config)(x_BSD, torch.arange(10)[None])
+    future_SZ = torch.full((10, 10), float("-inf")).triu(1)
+    expected, _ = theirs(x_BSD, position_embeddings=turns, attention_mask=future_SZ[None, None])
+    torch.testing.assert_close(ours(x_BSD), expected, rtol=1e-5, atol=1e-5)
+    assert expected.abs().max() > 0.1

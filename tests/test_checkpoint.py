@@ -16,6 +16,8 @@ TWO_RANKS = [
     "same_layout_continues_digit_for_digit_in_bf16",
     "checkpoint_before_the_first_update",
     "loads_without_expert_parallelism",
+    "old_ones_that_do_not_say_what_they_hold_load",
+    "weights_alone_go_on_with_a_new_optimizer",
 ]
 ONE_RANK = ["one_rank_loads_what_two_saved"]
 TWO_RANKS_AGAIN = [
@@ -35,6 +37,7 @@ TWO_RANKS_AGAIN = [
     "another_models_shapes",
     "newer_format",
     "damaged_index",
+    "kinds_that_nobody_knows",
     "folder_that_is_no_checkpoint",
     "ranks_that_see_different_checkpoints",
     "one_rank_that_cannot_go_on_reading_ends_all",

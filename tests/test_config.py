@@ -1,20 +1,27 @@
-"""The recipe: what follows from it, by hand; what is refused and in which words; the round trip by YAML."""
+"""The recipe: what follows from it, by hand; what is refused and in which words; the round trip by YAML.
+
+The rules of the mixture-of-experts section are in test_config_moe.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from moepp_ds.config import (
     Capacity,
+    ControllerConfig,
     Layout,
     MoEConfig,
     Recipe,
     RecipeError,
+    controller_rate,
     count_parameters,
     expert_capacity,
     flops_per_token,
@@ -73,6 +80,10 @@ def test_constants_that_are_given_stay() -> None:
         ({"capacity_factor": 0.001}, 100, Capacity(1, 1)),  # at least one seat
         ({"capacity_factor": 50.0}, 100, Capacity(100, 100)),  # at most one for each token
         ({"tau": 0.1}, 100, Capacity(ffn=5, zero_computation=46)),  # 220 / 4.8 = 45.83, and a tenth
+        ({"min_capacity": 20}, 100, Capacity(ffn=20, zero_computation=22)),  # 17 is too few, 22 is not
+        ({"min_capacity": 20}, 10, Capacity(10, 10)),  # but there are 10 tokens
+        # threshold: tokens count and not choices; 100 x 4 / (6 + 4) = 40 seats, and 3/4 of that
+        ({"router": {"threshold": 0.9}, "capacity_factor": 4}, 100, Capacity(ffn=30, zero_computation=40)),
     ],
 )
 def test_capacity_by_hand(changes: dict[str, object], tokens: int, seats: Capacity) -> None:
@@ -83,6 +94,19 @@ def test_capacity_is_exact_where_binary_fractions_are_not() -> None:
     # 1.1 x 100 / 10 is 11 and not the 12 that rounding up 11.000000000000002 gives
     config = moe(tau=1.0, num_ffn_experts=6, top_k=1)
     assert expert_capacity(config, 100) == Capacity(11, 11)
+
+
+@pytest.mark.parametrize(("tokens", "least", "seats"), [(1000, 1, 125), (1001, 1, 126), (1000, 200, 200)])
+def test_capacity_with_a_threshold_is_xmoes(tokens: int, least: int, seats: int) -> None:
+    # max(min_capacity, tokens / 64 experts x 8, rounded up); tau cancels
+    kinds = {"num_ffn_experts": 64, "num_zero": 0, "num_copy": 0, "num_constant": 0}
+    config = moe(**kinds, router={"threshold": 0.9}, capacity_factor=8.0, min_capacity=least, tau=0.3)
+    assert expert_capacity(config, tokens).ffn == seats
+
+
+def test_dropless_has_no_capacity() -> None:
+    with pytest.raises(ValueError, match="a dropless layer has no seats; ask for them only where"):
+        expert_capacity(moe(dropless=True), 100)
 
 
 def test_shares_at_the_wanted_load() -> None:
@@ -113,6 +137,58 @@ def test_residual_is_counted_in_all_but_the_first_layer(recipe_file: Path) -> No
         for on in ("true", "false")
     )
     assert with_.total - without.total == 7 * 7
+
+
+# (changes to D 8, H 2, A 4, F 16, 2 MoE layers of 4 FFN + 1 zero + 1 copy + 1 constant = 7 experts, K tau-share = 1 FFN
+# expert per token; parameters more in total, more activated, operations per token more at 16 positions)
+CHANGED = {
+    "expert width": ({"moe.expert_ffn_hidden_size": 4}, -2 * 4 * 3 * 8 * 12, -2 * 3 * 8 * 12, -2 * 2 * 3 * 8 * 12),
+    "shared": ({"moe.num_shared_experts": 2}, 2 * 2 * 384, 2 * 2 * 384, 2 * 2 * 2 * 384),
+    "narrow shared": (
+        {"moe.num_shared_experts": 2, "moe.expert_ffn_hidden_size": 4, "moe.shared_expert_gate": True},
+        -2304 + 2 * (2 * 96 + 8),
+        -576 + 2 * (2 * 96 + 8),
+        2 * (-576 + 2 * (2 * 96 + 8)),
+    ),
+    "two layers": ({"moe.router.num_layers": 2}, *[2 * (56 * 8 + 7 * 56 - 7 * 8)] * 2, 4 * (56 * 8 + 7 * 56 - 7 * 8)),
+    "kv heads": ({"num_kv_heads": 1}, *[-2 * 2 * 8 * 4] * 2, -2 * 2 * 2 * 8 * 4),
+    # each of four matrices 8 x 8 becomes 8 x 12; scores and sums of 2 heads x 8.5 positions cost a half more
+    "head width": ({"head_dim": 6}, *[2 * 4 * 8 * 4] * 2, 2 * (2 * 4 * 8 * 4 + 2 * 2 * 4 * 8.5)),
+    "biases": ({"qkv_bias": True}, *[2 * 3 * 8] * 2, 0),
+    "biases of groups": ({"qkv_bias": True, "num_kv_heads": 1}, *[-128 + 2 * (8 + 4 + 4)] * 2, -256),
+    "full norms": ({"qk_norm": "full", "num_kv_heads": 1}, *[-128 + 2 * (8 + 4)] * 2, -256),
+    "head norms": ({"qk_norm": "per_head"}, *[2 * (4 + 4)] * 2, 0),
+    # one FFN expert of 384 more in each of two layers, wherever it comes from
+    "all zero-computation gone": (
+        {"moe.num_zero": 0, "moe.num_copy": 0, "moe.num_constant": 0},
+        -2 * (3 * 8 + 3 * 8) - (49 - 16),
+        -2 * (3 * 8 + 3 * 8) - (49 - 16) + 2 * 384,
+        2 * (-2 * (3 * 8 + 3 * 8) - (49 - 16) + 2 * 384),
+    ),
+    "a target": ({"moe.controller": {"target_ffn_experts": 2.0}}, 0, 2 * 384, 2 * 2 * 384),
+    "a threshold": ({"moe.router.threshold": 0.5, "moe.capacity_factor": 4.0}, 0, 2 * 384, 2 * 2 * 384),
+}
+
+
+@pytest.mark.parametrize("changes, total, activated, flops", CHANGED.values(), ids=CHANGED)
+def test_every_setting_is_counted(
+    recipe_file: Path, changes: dict[str, object], total: int, activated: int, flops: float
+) -> None:
+    overrides = [f"model.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in changes.items()]
+    plain, changed = (load_recipe(recipe_file, more).model for more in ([], overrides))
+    assert count_parameters(changed).total - count_parameters(plain).total == total
+    assert count_parameters(changed).activated - count_parameters(plain).activated == activated
+    assert flops_per_token(changed, 16) - flops_per_token(plain, 16) == pytest.approx(flops)
+
+
+def test_controller_rate_is_a_straight_line() -> None:
+    controller = ControllerConfig(rate=0.5, final_rate=0.1)
+    assert [controller_rate(controller, step, 5) for step in range(7)] == pytest.approx(
+        [0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1]
+    )
+    assert controller_rate(controller, 0, 1) == 0.5  # a run of one update
+    steady = ControllerConfig(rate=0.001, final_rate=0.001)
+    assert {controller_rate(steady, step, 100) for step in range(100)} == {0.001}
 
 
 def test_learning_rate_by_hand(recipe_file: Path) -> None:
@@ -176,6 +252,28 @@ def test_arithmetic_of_short_and_dropless_runs(recipe_file: Path) -> None:
     lines = load_recipe(recipe_file, ["train.warmup_steps=20", "model.moe.dropless=true"]).arithmetic(1)
     assert "learning rate 0 -> 0.001 over 20 updates; the run ends inside this warm-up, at 0.00045" in lines
     assert "dropless: every assignment is computed" in lines
+
+
+def test_arithmetic_says_what_moves_the_load(recipe_file: Path) -> None:
+    def lines(*moe_settings: str) -> list[str]:
+        return load_recipe(recipe_file, [f"model.moe.{setting}" for setting in moe_settings]).arithmetic(1)
+
+    plain = lines()
+    assert not [line for line in plain if "balance" in line or "controller" in line]
+    said = lines("router.threshold=0.3", "capacity_factor=2", "num_shared_experts=1")
+    # 7 experts x 0.3 rounded up is 3, but there are seats for 2; half of the load is FFN experts'
+    assert "2 layers (2 MoE) x 7 experts (4 FFN + 1 constant + 1 copy + 1 zero), threshold 0.3, and 1 shared" in said
+    assert said[1].endswith(" activated per token at up to 1.00 routed and 1 shared FFN experts per token")
+    assert "balance loss per_expert of first choices in the micro batch, weight 0.01" in said
+    said = lines("balance=per_group", "balance_scope=global_batch", "balance_weight=0.5")
+    assert "balance loss per_group of all choices in the previous update, weight 0.5" in said
+    said = lines("balance=none", "controller={target_ffn_experts: 1.5, rule: sign, final_rate: 0}")
+    # 18 seats of 4 experts for 64 tokens
+    steering = "controller sign steers to 1.50 routed FFN experts per token, but there are seats for 1.12"
+    assert said[-3:-1] == ["no balance loss", f"{steering}; rate 0.1 -> 0"]
+    assert said[1].endswith(" activated per token at 1.50 FFN experts per token")
+    said = lines("controller={}", "dropless=true")
+    assert said[-2] == "controller proportional steers to 1.00 routed FFN experts per token; rate 0.1 -> 0.01"
 
 
 def test_layouts_that_do_not_fit_name_those_that_do(recipe_file: Path) -> None:
@@ -270,9 +368,38 @@ def test_overrides_are_yaml_and_the_last_one_holds(recipe_file: Path) -> None:
         ("model.moe.tau=0", "model.moe.tau: 0: input should be greater than 0"),
         (
             "model.num_heads=3",
-            "model: num_heads 3 does not divide hidden_size 8; use for example 1, 2, 4 heads",
+            "model.head_dim: is not given, and hidden_size 8 / num_heads 3 is no even number of features, which rotary "
+            "positions need; use for example 1, 2, 4 heads, or give it",
         ),
-        ("model.num_heads=8", "model: hidden_size 8 / num_heads 8 = 1 is odd"),
+        (
+            "model.num_heads=8",
+            "model.head_dim: is not given, and hidden_size 8 / num_heads 8 is no even number of features, which rotary "
+            "positions need; use for example 1, 2, 4 heads, or give it",
+        ),
+        (
+            "model.hidden_size=9",
+            "hidden_size 9 / num_heads 2 is no even number of features, which rotary positions need; give it",
+        ),
+        (
+            "model.head_dim=5",
+            "model: head_dim 5 is odd; rotary positions turn pairs of features, so use an even number such as 6",
+        ),
+        ("model.num_kv_heads=4", "model: num_kv_heads 4 does not divide num_heads 2; use one of 1, 2"),
+        ("model.qk_norm=some", "model.qk_norm: 'some': input should be 'none', 'full' or 'per_head'"),
+        ("model.moe.router.treshold=0.5", "unknown key; did you mean model.moe.router.threshold?"),
+        ("model.moe.threshold=0.5", "model.moe.threshold: unknown key; did you mean model.moe.router.threshold?"),
+        ("model.moe.controller.rat=1", "model.moe.controller.rat: unknown key; did you mean model.moe.controller.rate"),
+        (
+            "model.moe.controller.zzz=1",
+            "model.moe.controller.zzz: unknown key; valid here: rule, target_ffn_experts, rate, final_rate",
+        ),
+        ("model.moe.router=null", "model.moe.router: None: input should be a valid dictionary"),
+        ("model.moe.router.threshold=1.5", "model.moe.router.threshold: 1.5: input should be less than or equal to 1"),
+        (
+            "model.moe.min_capacity=65",
+            "model.moe.min_capacity 65 is more than the 64 tokens of a micro batch (train.micro_batch_size x "
+            "data.seq_len), so no seat would ever be missing; lower it, or set model.moe.dropless to true",
+        ),
         (
             "parallel.expert_parallel=3",
             "parallel.expert_parallel 3 does not divide model.moe.num_ffn_experts 4; use one of 1, 2, 4",
@@ -305,6 +432,71 @@ def test_bad_values_are_refused_in_words(recipe_file: Path, override: str, words
     with pytest.raises(RecipeError) as error:
         load_recipe(recipe_file, [override])
     assert words in str(error.value)
+
+
+def test_nested_sections_are_set_key_by_key(recipe_file: Path) -> None:
+    overrides = ["model.moe.router.threshold=0.5", "model.moe.capacity_factor=3", "model.moe.router.jitter=0.01"]
+    config = load_recipe(recipe_file, overrides).model.moe
+    assert (config.router.threshold, config.router.jitter, config.top_k) == (0.5, 0.01, None)
+    # a section that is null, as in a saved recipe, is begun
+    recipe_file.write_text(TINY.replace("{num_ffn_experts: 4}", "{num_ffn_experts: 4, controller: null}"))
+    controller = load_recipe(recipe_file, ["model.moe.controller.rate=0.2"]).model.moe.controller
+    assert controller == ControllerConfig(rate=0.2)
+    assert load_recipe(recipe_file, ["model.moe.controller={}"]).model.moe.controller == ControllerConfig()
+    assert load_recipe(recipe_file, ["model.moe.controller.rate=1", "model.moe.controller=null"]).model.moe == (
+        load_recipe(recipe_file).model.moe
+    )
+
+
+def test_gradient_ratio_needs_a_balance_loss(recipe_file: Path) -> None:
+    every = "monitor.gradient_ratio_every=5"
+    assert load_recipe(recipe_file, [every]).monitor.gradient_ratio_every == 5
+    for none in ("model.moe.balance_weight=0", "model.moe.balance=none"):
+        with pytest.raises(RecipeError, match="the pull of the balance loss, and model.moe.balance_weight is 0"):
+            load_recipe(recipe_file, [every, none])
+
+
+# a model section from elsewhere ------------------------------------------------------------------------
+
+SECTION = {
+    **{"vocab_size": 70, "num_layers": 5, "hidden_size": 12, "num_heads": 3, "ffn_hidden_size": 20},
+    "moe": {"num_ffn_experts": 6, "top_k": 3, "router": {"num_layers": 2, "jitter": 0.1}},
+}
+
+
+def test_a_model_section_from_elsewhere_is_under_the_recipes(recipe_file: Path) -> None:
+    given: dict[str, Any] = yaml.safe_load(yaml.safe_dump(SECTION))
+    before, after = TINY[: TINY.index("model:")], TINY[TINY.index("data:") :]
+    said = "model: {moe: {tau: 0.5, router: {jitter: 0.2}, controller: {rate: 0.3}}}\n"
+    recipe_file.write_text(before + said + after)
+    overrides = ["model.num_layers=4", "model.moe.router.z_loss_weight=1e-3"]
+    model = load_recipe(recipe_file, overrides, model=given).model
+    assert (model.vocab_size, model.num_layers, model.moe.num_ffn_experts, model.moe.tau) == (70, 4, 6, 0.5)
+    router = model.moe.router
+    assert (router.num_layers, router.jitter, router.z_loss_weight) == (2, 0.2, 1e-3)
+    assert model.moe.controller == ControllerConfig(rate=0.3)
+    assert given == SECTION  # what was given stays as it was
+
+    for nothing in ("", "model:\n", "model: {}\n"):  # the recipe need not say anything of the model
+        recipe_file.write_text(before + nothing + after)
+        assert load_recipe(recipe_file, model=given).model.vocab_size == 70
+        with pytest.raises(RecipeError, match="model"):
+            load_recipe(recipe_file)
+    recipe_file.write_text(f"{before}model: 3\n{after}")
+    with pytest.raises(RecipeError, match="model: 3: input should be a valid dictionary"):
+        load_recipe(recipe_file, model=given)
+
+
+def test_a_recipes_null_replaces_what_is_under_it(recipe_file: Path) -> None:
+    given = {**SECTION, "moe": {**SECTION["moe"], "controller": {"rate": 0.3}}}  # type: ignore[dict-item]
+    recipe_file.write_text(TINY)  # which has sizes of its own, and they hold
+    model = load_recipe(recipe_file, ["model.moe.top_k=null"], model=given).model
+    assert (model.num_layers, model.moe.num_ffn_experts, model.moe.top_k) == (2, 4, 2)
+    assert model.moe.controller == ControllerConfig(rate=0.3)
+    assert load_recipe(recipe_file, ["model.moe.controller=null"], model=given).model.moe.controller is None
+
+
+# what is listed ----------------------------------------------------------------------------------------
 
 
 def test_all_problems_are_listed_at_once(recipe_file: Path) -> None:
@@ -377,14 +569,14 @@ def test_every_field_is_described_and_nothing_can_be_changed(recipe_file: Path) 
     def walk(section: type[BaseModel], name: str) -> None:
         for key, field in section.model_fields.items():
             assert field.description, f"{name}{key} has no sentence under it"
-            if (
-                isinstance(field.annotation, type)
-                and issubclass(field.annotation, BaseModel)
-                and key != "data"
-            ):
-                walk(field.annotation, f"{name}{key}.")
+            for kind in (field.annotation, *get_args(field.annotation)):
+                if isinstance(kind, type) and issubclass(kind, BaseModel) and key != "data":
+                    walked.append(f"{name}{key}")
+                    walk(kind, f"{name}{key}.")
 
+    walked: list[str] = []
     walk(Recipe, "")
+    assert {"model.moe", "model.moe.router", "model.moe.controller"} <= {*walked}
     with pytest.raises(ValueError, match="frozen"):
         load_recipe(recipe_file).train.max_steps = 3
 

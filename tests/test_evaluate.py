@@ -1,19 +1,18 @@
 """Scores of held-out text: what is counted, in which unit, and that ranks without rows take part.
 
-One rank works here, in this process; two ranks are tests/programs/evaluate_checks.py.
+One process works here, without ranks; two ranks are tests/programs/evaluate_checks.py.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from programs import tiny
 from programs.checks import expect, start
 from shard_sets import EOS, write_set, write_shard
@@ -21,23 +20,14 @@ from torch import Tensor
 
 from data_pipeline.stream import HeldOut, open_held_out
 from moepp_ds.config import ModelConfig
-from moepp_ds.engine import Ranks
-from moepp_ds.evaluate import Score, evaluate, score_lines
+from moepp_ds.controller import RoutingInputs
+from moepp_ds.evaluate import Score, evaluate, overall, score_lines
 from moepp_ds.model import MoEPlusPlusModel, initialize
 
 VOCABULARY, SEQ_LEN = 32, 4
-ALONE = Ranks(0, 1, torch.device("cpu"))
 DOCUMENTS = [[5, 9, 3], [8, 2, 30, 4, 11], [6, 10]]
 FLAT = [5, 9, 3, EOS, 8, 2, 30, 4, 11, EOS, 6, 10, EOS]
 """The documents laid end to end: 13 tokens, hence 12 targets, which are 3 rows of 4."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def held_out(folder: Path, documents: Sequence[Sequence[int]] = DOCUMENTS, *, text_bytes: int = 39) -> HeldOut:
@@ -56,9 +46,7 @@ def make_model(model: type[MoEPlusPlusModel] = MoEPlusPlusModel, *, seats: float
 
 
 def score(model: MoEPlusPlusModel, texts: HeldOut, *, micro_batch_size: int = 2, rows: int = 99) -> Score:
-    scores = evaluate(
-        model, {"text": texts}, ranks=ALONE, seq_len=SEQ_LEN, micro_batch_size=micro_batch_size, rows=rows
-    )
+    scores = evaluate(model, {"text": texts}, seq_len=SEQ_LEN, micro_batch_size=micro_batch_size, rows=rows)
     assert list(scores) == ["text"]
     return scores["text"]
 
@@ -113,8 +101,8 @@ class Poisoned(MoEPlusPlusModel):
 
     PADDING = 31
 
-    def token_losses(self, tokens_BS1: Tensor) -> Tensor:
-        return super().token_losses(tokens_BS1).masked_fill(tokens_BS1[:, 1:] == self.PADDING, torch.nan)
+    def token_losses(self, tokens_BS1: Tensor, routing: RoutingInputs | None = None) -> Tensor:
+        return super().token_losses(tokens_BS1, routing).masked_fill(tokens_BS1[:, 1:] == self.PADDING, torch.nan)
 
 
 def test_what_fills_the_last_row_is_not_scored(tmp_path: Path) -> None:
@@ -132,9 +120,31 @@ def test_every_source_is_scored_on_its_own(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     texts = {"a": held_out(tmp_path), "b": held_out(tmp_path / "b", [[7, 7, 7, 12]], text_bytes=10)}
     model = make_model()
-    scores = evaluate(model, texts, ranks=ALONE, seq_len=SEQ_LEN, micro_batch_size=2, rows=99)
+    scores = evaluate(model, texts, seq_len=SEQ_LEN, micro_batch_size=2, rows=99)
     assert scores == {"a": score(model, texts["a"]), "b": score(model, texts["b"])}
     assert scores["b"].loss == pytest.approx(sum(nats_of(model, [7, 7, 7, 12, EOS])) / 4, rel=1e-9)
+    together = overall(scores, texts)
+    nats = sum(nats_of(model, FLAT)) + sum(nats_of(model, [7, 7, 7, 12, EOS]))
+    assert together.tokens == 12 + 4
+    assert together.loss == pytest.approx(nats / 16, rel=1e-9)
+    scored_bytes = 12 * 39 / 13 + 4 * 10 / 5  # 3 bytes a token, and 2
+    assert together.bits_per_byte == pytest.approx(nats / math.log(2) / scored_bytes, rel=1e-9)
+
+
+def test_biases_of_the_controller_count(tmp_path: Path) -> None:
+    """A bias that lifts the zero expert and the last FFN expert above all others: both are everyone's choice."""
+    model = make_model()
+    bias_LE = torch.zeros(2, 7).index_fill_(1, torch.tensor([3, 6]), 9.0)
+    routing = RoutingInputs(bias_LE=bias_LE)
+    found = evaluate(
+        model, {"text": held_out(tmp_path)}, seq_len=SEQ_LEN, micro_batch_size=2, rows=99, routing=routing
+    )
+    with torch.no_grad():
+        rows = torch.tensor([FLAT[:5], FLAT[4:9], FLAT[8:13]])
+        expected = model.eval().token_losses(rows, routing).mean().item()
+        assert model.hidden(rows, routing)[1][1].statistics.wanted_E.tolist() == [0, 0, 0, 15, 0, 0, 15]
+    assert found["text"].loss == pytest.approx(expected, rel=1e-9)
+    assert found["text"] != score(model, held_out(tmp_path))
 
 
 def test_nothing_is_dropped(tmp_path: Path) -> None:
@@ -177,7 +187,7 @@ def test_two_ranks_give_the_scores_of_one(tmp_path: Path) -> None:
     sources = open_held_out(asked.data)
     rows = {source: len(text.rows(tiny.SEQUENCE)[0]) for source, text in sources.items()}
     assert rows == {"one": 1, "three": 3, "five": 5}
-    alone = evaluate(model, sources, ranks=ALONE, seq_len=tiny.SEQUENCE, micro_batch_size=tiny.MICRO_BATCH, rows=99)
+    alone = evaluate(model, sources, seq_len=tiny.SEQUENCE, micro_batch_size=tiny.MICRO_BATCH, rows=99)
     assert {source: found["tokens"] for source, found in first.items()} == {"one": 9, "three": 46, "five": 80}
     for source, expected in alone.items():
         assert first[source] == pytest.approx(asdict(expected), rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 
 from moepp_ds.config import ModelConfig, count_parameters, expert_capacity
-from moepp_ds.model import MoEPlusPlusModel, expert_kinds, expert_offsets, initialize
+from moepp_ds.controller import RoutingInputs
+from moepp_ds.model import ModelOutput, MoEPlusPlusModel, expert_kinds, expert_offsets, initialize
 from moepp_ds.moe_layer import MoELayer
+from moepp_ds.router import jitter
+from moepp_ds.statistics import RoutingStatistics
 
 EOS = 0
 VOCABULARY = 24
@@ -33,7 +37,48 @@ CONFIGS = {
     "no gating residual": config(num_layers=3, moe={"gating_residual": False}),
     "three constants": config(num_layers=3, moe={"num_constant": 3, "num_copy": 2, "num_zero": 0}),
     "capacity": config(moe={"dropless": False, "capacity_factor": 0.6}),
+    "threshold": config(moe={"dropless": False, "capacity_factor": 1.5, "router": {"threshold": 0.6}}),
+    "released": config(moe={"variant": "released", "router": {"logit_std": 1.5}}),
+    "jitter and z-loss": config(moe={"router": {"jitter": 0.3, "z_loss_weight": 0.02}}),
+    "shared, fine-grained, every second": config(
+        num_layers=4,
+        moe={"every": 2, "num_shared_experts": 2, "shared_expert_gate": True, "expert_ffn_hidden_size": 6},
+    ),
+    "controller, load of the update before": config(
+        moe={"controller": {"target_ffn_experts": 1.0}, "balance": "null_averaged", "balance_scope": "global_batch"},
+    ),
+    "budget": config(
+        moe={"combine": "renormalize_selected", "combine_scale": 2.5, "balance": "none", "expert_input_scale": 2.0},
+    ),
 }
+
+
+def routing_inputs(recipe: ModelConfig, *, first_row: int = 0) -> RoutingInputs:
+    """What a run in its middle tells the model: where the recipe asks for it, biases and the load before."""
+    moe, shape = recipe.moe, (recipe.num_moe_layers, recipe.moe.num_experts)
+    generator = torch.Generator().manual_seed(5)
+    bias_LE, share_LE = 0.3 * torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
+    bias_LE[:, moe.num_ffn_experts :] = 0
+    return RoutingInputs(
+        bias_LE=bias_LE if moe.controller else None,
+        share_LE=share_LE if moe.balance_scope == "global_batch" else None,
+        seed=11,
+        first_row=first_row,
+    )
+
+
+def tensors_of(out: ModelOutput) -> dict[str, Tensor]:
+    """Every tensor that a pass returns, by place."""
+    records = {"": out, "statistics.": out.statistics}
+    for number, layer in enumerate(out.layers):
+        records |= {f"{number}.": layer, f"{number}.routing.": layer.routing, f"{number}.plan.": layer.plan}
+        records[f"{number}.statistics."] = layer.statistics
+    return {
+        place + name: value
+        for place, record in records.items()
+        for name, value in vars(record).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def make_model(
@@ -139,32 +184,51 @@ def test_kinds_follow_the_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_is_cross_entropy_plus_the_weighted_sum_of_balance_losses(name: str) -> None:
-    model, tokens_BS1 = make_model(CONFIGS[name]), random_rows()
-    out = model(tokens_BS1)
-    hidden_BSD, layers = model.hidden(tokens_BS1[:, :-1])
-    assert len(layers) == CONFIGS[name].num_moe_layers
+def test_loss_is_cross_entropy_plus_the_weighted_sums_of_the_layers_losses(name: str) -> None:
+    model, tokens_BS1, routing = make_model(CONFIGS[name]), random_rows(), routing_inputs(CONFIGS[name])
+    out = model(tokens_BS1, routing)
+    hidden_BSD, layers = model.hidden(tokens_BS1[:, :-1], routing)
+    assert len(layers) == len(out.layers) == CONFIGS[name].num_moe_layers
     logits_BSV = hidden_BSD @ model.head.weight.t()
     share_BSV = logits_BSV.exp() / logits_BSV.exp().sum(dim=-1, keepdim=True)
     losses = [-share_BSV[b, s, tokens_BS1[b, s + 1]].log() for b in range(2) for s in range(8)]
     lm_loss = torch.stack(losses).mean()
-    balance_loss = sum(layer.balance_loss for layer in layers)
+    balance_loss = torch.stack([layer.balance_loss for layer in layers]).sum()
+    z_loss = torch.stack([layer.z_loss for layer in layers]).sum()
+    balance_weight = 0.0 if name == "budget" else 0.01
+    z_weight = 0.02 if name == "jitter and z-loss" else 0.0
     for actual, expected in (
         (out.lm_loss, lm_loss),
         (out.balance_loss, balance_loss),
-        (out.loss, lm_loss + 0.01 * balance_loss),
+        (out.z_loss, z_loss),
+        (out.loss, lm_loss + balance_weight * balance_loss + z_weight * z_loss),
     ):
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-12)
-    assert out.loss.requires_grad and not out.lm_loss.requires_grad and not out.balance_loss.requires_grad
-    assert out.wanted_LE.tolist() == [layer.wanted_E.tolist() for layer in layers]
-    assert out.kept_LE.tolist() == [layer.kept_E.tolist() for layer in layers]
-    assert out.wanted_LE.sum(dim=1).tolist() == [2 * 16] * len(layers)  # K choices of 2 x 8 tokens a layer
+    parts = (out.lm_loss, out.balance_loss, out.z_loss)
+    assert out.loss.requires_grad and not any(part.requires_grad for part in parts)
+    assert (name == "budget") == (out.balance_loss == 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_statistics_are_those_of_every_moe_layer(name: str) -> None:
+    model, routing = make_model(CONFIGS[name]), routing_inputs(CONFIGS[name])
+    out = model(random_rows(), routing)
+    for field in fields(RoutingStatistics):
+        layers = [getattr(layer.statistics, field.name).tolist() for layer in out.layers]
+        assert getattr(out.statistics, field.name).tolist() == layers, field.name
+    statistics, tokens = out.statistics, 2 * 8
+    assert statistics.first_E.sum(dim=1).tolist() == [tokens] * len(out.layers)
+    assert statistics.histogram_H.sum(dim=1).tolist() == [tokens] * len(out.layers)
+    if name != "threshold":  # K choices of 2 x 8 tokens a layer
+        assert statistics.wanted_E.sum(dim=1).tolist() == [2 * tokens] * len(out.layers)
+    ffn = torch.arange(statistics.histogram_H.shape[1])
+    assert torch.equal((statistics.histogram_H * ffn).sum(dim=1), statistics.kept_E[:, :4].sum(dim=1))
 
 
 def test_balance_weight_is_the_recipes() -> None:
     for weight in (0.0, 0.5):
-        out = make_model(config(moe={"balance_weight": weight}))(random_rows())
-        expected = out.lm_loss + weight * out.balance_loss
+        out = make_model(config(moe={"balance_weight": weight, "router": {"z_loss_weight": weight / 5}}))(random_rows())
+        expected = out.lm_loss + weight * out.balance_loss + weight / 5 * out.z_loss
         torch.testing.assert_close(out.loss.detach(), expected, rtol=0, atol=1e-14)
 
 
@@ -175,23 +239,24 @@ def test_seats_are_the_recipes_in_training_and_unlimited_in_evaluation() -> None
     capacity = expert_capacity(recipe.moe, 16)
     assert (capacity.ffn, capacity.zero_computation) == (3, 4)
     model = make_model(recipe)
-    out = model(random_rows())
+    counts = model(random_rows()).statistics
     seats_E = torch.tensor([3, 3, 3, 3, 4, 4, 4])
-    assert torch.equal(out.kept_LE, torch.minimum(out.wanted_LE, seats_E))
-    assert out.kept_LE.sum() < out.wanted_LE.sum()
-    out = model.eval()(random_rows())
-    assert torch.equal(out.kept_LE, out.wanted_LE)
+    assert torch.equal(counts.kept_E, torch.minimum(counts.wanted_E, seats_E))
+    assert counts.kept_E.sum() < counts.wanted_E.sum()
+    counts = model.eval()(random_rows()).statistics
+    assert torch.equal(counts.kept_E, counts.wanted_E)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_token_losses_average_to_the_lm_loss_of_evaluation(name: str) -> None:
     model, tokens_BS1 = make_model(CONFIGS[name]).eval(), random_rows(3, 6)
-    losses_BS = model.token_losses(tokens_BS1)
+    routing = RoutingInputs(bias_LE=routing_inputs(CONFIGS[name]).bias_LE)
+    losses_BS = model.token_losses(tokens_BS1, routing)
     assert losses_BS.shape == (3, 5)
-    torch.testing.assert_close(losses_BS.mean(), model(tokens_BS1).lm_loss, rtol=0, atol=1e-13)
+    torch.testing.assert_close(losses_BS.mean(), model(tokens_BS1, routing).lm_loss, rtol=0, atol=1e-13)
     # A row's losses do not depend on the rows beside it.
     for b in range(3):
-        alone_1S = model.token_losses(tokens_BS1[b : b + 1])
+        alone_1S = model.token_losses(tokens_BS1[b : b + 1], routing)
         torch.testing.assert_close(alone_1S[0], losses_BS[b], rtol=0, atol=1e-12)
 
 
@@ -212,12 +277,31 @@ def test_every_parameter_receives_a_gradient(name: str, recompute: bool) -> None
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recomputation_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    """Losses, routing, statistics and gradients, bit for bit."""
     results = []
     for recompute in (False, True):
         model = make_model(CONFIGS[name], recompute=recompute, dtype=dtype)
-        out = model(random_rows())
+        out = model(random_rows(), routing_inputs(CONFIGS[name]))
         out.loss.backward()
-        results.append(vars(out) | {name: parameter.grad for name, parameter in model.named_parameters()})
+        results.append(tensors_of(out) | {name: parameter.grad for name, parameter in model.named_parameters()})
+    plain, recomputed = results
+    assert "statistics.histogram_H" in plain and "0.routing.expert_N" in plain
+    for key, value in plain.items():
+        assert torch.equal(value, recomputed[key]), key
+
+
+@pytest.mark.parametrize("name", ["moepp", "threshold", "shared, fine-grained, every second"])
+def test_recomputation_does_not_route_anew(name: str) -> None:
+    """The routers' weights move between the passes, so that a router asked again would send tokens elsewhere."""
+    results = []
+    for recompute in (False, True):
+        model = make_model(CONFIGS[name], recompute=recompute)
+        out = model(random_rows())
+        routers = [block.moe.router for block in model.blocks if block.moe is not None]
+        for router in routers:
+            router.weight_ED.data.neg_()
+        out.loss.backward()
+        results.append({key: parameter.grad for key, parameter in model.named_parameters()})
     plain, recomputed = results
     for key, value in plain.items():
         assert torch.equal(value, recomputed[key]), key
@@ -252,7 +336,75 @@ def test_router_logits_travel_from_one_moe_layer_to_the_next(num_layers: int, ev
         torch.testing.assert_close(layers[n].logits_TE, expected_TE, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["moepp", "vanilla", "capacity"])
+# what it is told
+
+
+@pytest.mark.parametrize(("num_layers", "every"), [(2, 1), (6, 2)])
+def test_every_moe_layer_is_told_its_own_bias_load_and_noise(num_layers: int, every: int) -> None:
+    # Rows of bias_LE and share_LE, and the layer that noise is drawn for, count MoE layers and no dense ones.
+    recipe = config(num_layers=num_layers, moe={"every": every, "router": {"jitter": 0.25}})
+    model, count = make_model(recipe), num_layers // every
+    routing = RoutingInputs(
+        bias_LE=torch.arange(count * 7.0).view(count, 7),
+        share_LE=torch.arange(count * 7.0).view(count, 7) + 100,
+        seed=3,
+        first_row=40,
+    )
+    seen: list[dict[str, Tensor]] = []
+    for block in model.blocks:
+        if block.moe is not None:
+            block.moe.register_forward_pre_hook(lambda _, __, told: seen.append(told), with_kwargs=True)
+    model(random_rows(), routing)
+    assert len(seen) == count and routing.bias_LE is not None and routing.share_LE is not None
+    for layer, told in enumerate(seen):
+        assert torch.equal(told["bias_E"], routing.bias_LE[layer])
+        assert torch.equal(told["share_E"], routing.share_LE[layer])
+        noise_TD = jitter((2, 8, 8), 0.25, seed=3, first_row=40, layer=layer, device=torch.device("cpu"))
+        assert torch.equal(told["noise_TD"], noise_TD)
+    seen.clear()
+    model(random_rows())  # told nothing
+    assert [(told["bias_E"], told["share_E"]) for told in seen] == [(None, None)] * count
+
+
+def test_biases_send_tokens_elsewhere_and_the_load_given_is_the_balance_losss() -> None:
+    model, tokens_BS1 = make_model(config()), random_rows()
+    plain = model(tokens_BS1)
+    bias_LE = torch.zeros(2, 7)
+    bias_LE[:, 1] = 2.0  # above any score: expert 1 is every token's first choice
+    out = model(tokens_BS1, RoutingInputs(bias_LE=bias_LE))
+    assert out.statistics.first_E.tolist() == [[0, 16, 0, 0, 0, 0, 0]] * 2
+    assert plain.statistics.first_E[:, 1].max() < 16
+    # A load of 1 for every expert makes L_b = sum eta_i P_i, a mean over tokens of P_FFN + tau (1 - P_FFN).
+    out = model(tokens_BS1, RoutingInputs(share_LE=torch.ones(2, 7)))
+    ffn = torch.stack([layer.routing.probability_TE[:, :4].sum(dim=1).mean() for layer in out.layers])
+    torch.testing.assert_close(out.balance_loss, (ffn + 0.75 * (1 - ffn)).sum().detach(), rtol=0, atol=1e-12)
+    assert torch.equal(out.lm_loss, plain.lm_loss)
+
+
+def test_jitter_of_a_row_is_the_same_whatever_micro_batch_it_sits_in() -> None:
+    recipe = config(moe={"router": {"jitter": 0.5}})
+    model, tokens_BS = make_model(recipe), random_rows(4, 6)
+    together_BSD, layers = model.hidden(tokens_BS, RoutingInputs(seed=1, first_row=8))
+    for row in range(4):
+        alone_1SD, alone = model.hidden(tokens_BS[row : row + 1], RoutingInputs(seed=1, first_row=8 + row))
+        torch.testing.assert_close(alone_1SD[0], together_BSD[row], rtol=0, atol=1e-12)
+        own = slice(6 * row, 6 * row + 6)
+        torch.testing.assert_close(alone[1].logits_TE, layers[1].logits_TE[own], rtol=0, atol=1e-12)
+    # Another row of the stream, or another seed, has other noise.
+    for routing in (RoutingInputs(seed=1, first_row=9), RoutingInputs(seed=2, first_row=8)):
+        other_BSD, _ = model.hidden(tokens_BS, routing)
+        assert (other_BSD - together_BSD).abs().amax(dim=(1, 2)).min() > 1e-6
+
+
+def test_jitter_is_for_training_alone() -> None:
+    recipe = config(moe={"router": {"jitter": 0.5}})
+    noisy, quiet, tokens_BS = make_model(recipe), make_model(config()), random_rows(2, 6)
+    routing = RoutingInputs(seed=1)
+    assert (noisy.hidden(tokens_BS, routing)[0] - quiet.hidden(tokens_BS)[0]).abs().max() > 1e-6
+    assert torch.equal(noisy.eval().hidden(tokens_BS, routing)[0], quiet.eval().hidden(tokens_BS)[0])
+
+
+@pytest.mark.parametrize("name", ["moepp", "vanilla", "capacity", "threshold", "released"])
 def test_it_learns_a_tiny_batch(name: str) -> None:
     recipe = CONFIGS[name].model_copy(update={"hidden_size": 16})
     model = make_model(recipe, std=0.1, dtype=torch.float32)

@@ -9,42 +9,82 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moepp_ds.controller import RoutingState
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.monitor import RunFolder, layer_metrics, progress_line, scalars
+from moepp_ds.statistics import RoutingStatistics
 
 KINDS = ExpertKinds(num_ffn=2, num_constant=2, num_copy=1, num_zero=1)
 
 
+def statistics(wanted_LE: list[list[int]], kept_LE: list[list[int]], **more: Any) -> RoutingStatistics:
+    """Counts of some layers; what a test does not look at is 0."""
+    zeros_L = torch.zeros(len(wanted_LE), dtype=torch.float64)
+    values: dict[str, Any] = {
+        "wanted_E": wanted_LE,
+        "kept_E": kept_LE,
+        "first_E": torch.zeros_like(torch.tensor(wanted_LE)),
+        "histogram_H": [[0, 0, 0]] * len(wanted_LE),
+        **dict.fromkeys(("entropy", "top_1", "top_2", "balance"), zeros_L),
+        **more,
+    }
+    return RoutingStatistics(**{name: torch.as_tensor(value) for name, value in values.items()})
+
+
 def test_layer_metrics_of_one_layer() -> None:
     # 10 tokens choose 2 experts each: 20 assignments, of which the first FFN expert drops 2 and the copy expert 3
-    wanted_E, kept_E = [8, 2, 1, 2, 5, 2], [6, 2, 1, 2, 2, 2]
-    (layer,) = layer_metrics([wanted_E], [kept_E], kinds=KINDS, tokens=10)
+    counted = statistics(
+        [[8, 2, 1, 2, 5, 2]],
+        [[6, 2, 1, 2, 2, 2]],
+        histogram_H=[[3, 6, 1]],
+        entropy=[12.0],
+        top_1=[5.0],
+        top_2=[2.5],
+        balance=[11.0],
+    )
+    (layer,) = layer_metrics(counted, kinds=KINDS, tokens=10)
     assert layer == {
         "share": {"ffn": 0.5, "constant": 0.15, "copy": 0.25, "zero": 0.1},
         "ffn_experts_per_token": 0.8,
+        "wanted_ffn_experts_per_token": 1.0,
+        "ffn_experts_histogram": [0.3, 0.6, 0.1],
         "dropped": 0.25,
+        "dropped_share": {"ffn": 0.2, "constant": 0.0, "copy": 0.6, "zero": 0.0},
         "ffn_load": [1.5, 0.5],  # 6 and 2 around their mean of 4
+        "balance": 1.1,
+        "entropy": 1.2,
+        "top_1": 0.5,
+        "top_2": 0.25,
     }
 
 
 def test_layer_metrics_have_only_the_kinds_there_are() -> None:
-    layers = layer_metrics([[3, 1], [4, 0]], [[3, 1], [2, 0]], kinds=ExpertKinds(2, 0, 0, 0), tokens=4)
-    assert layers == [
-        {"share": {"ffn": 1.0}, "ffn_experts_per_token": 1.0, "dropped": 0.0, "ffn_load": [1.5, 0.5]},
-        {"share": {"ffn": 1.0}, "ffn_experts_per_token": 0.5, "dropped": 0.5, "ffn_load": [2.0, 0.0]},
-    ]
+    counted = statistics([[3, 1], [4, 0]], [[3, 1], [2, 0]])
+    first, second = layer_metrics(counted, kinds=ExpertKinds(2, 0, 0, 0), tokens=4)
+    assert (first["share"], first["dropped_share"], first["ffn_load"]) == ({"ffn": 1.0}, {"ffn": 0.0}, [1.5, 0.5])
+    assert (second["share"], second["dropped_share"], second["ffn_load"]) == ({"ffn": 1.0}, {"ffn": 0.5}, [2.0, 0.0])
 
 
 def test_layer_metrics_when_no_ffn_expert_is_chosen() -> None:
-    (layer,) = layer_metrics([[0, 0, 0, 0, 0, 4]], [[0, 0, 0, 0, 0, 4]], kinds=KINDS, tokens=4)
+    counted = statistics([[0, 0, 0, 0, 0, 4]], [[0, 0, 0, 0, 0, 4]])
+    (layer,) = layer_metrics(counted, kinds=KINDS, tokens=4)
     assert (layer["ffn_experts_per_token"], layer["ffn_load"]) == (0.0, [0.0, 0.0])
     assert layer["share"] == {"ffn": 0.0, "constant": 0.0, "copy": 0.0, "zero": 1.0}
+    assert layer["dropped_share"] == {"zero": 0.0}  # of what nobody chose no share can be dropped
+
+
+def test_layer_metrics_show_the_biases_of_ffn_experts_and_the_gradient_ratio() -> None:
+    counted, state = statistics([[1] * 6] * 2, [[1] * 6] * 2), RoutingState(bias_LE=((0.5, -0.5, 0, 0, 0, 0),) * 2)
+    layers = layer_metrics(counted, kinds=KINDS, tokens=3, state=state, gradient_ratio_L=[0.25, 4.0])
+    assert [layer["bias"] for layer in layers] == [[0.5, -0.5]] * 2
+    assert [layer["gradient_ratio"] for layer in layers] == [0.25, 4.0]
 
 
 def metrics(step: int, **more: Any) -> dict[str, Any]:
-    layers = layer_metrics([[8, 2, 1, 2, 5, 2]], [[6, 2, 1, 2, 2, 2]], kinds=KINDS, tokens=10)
+    layers = layer_metrics(statistics([[8, 2, 1, 2, 5, 2]], [[6, 2, 1, 2, 2, 2]]), kinds=KINDS, tokens=10)
     return {"step": step, "loss": 5.0 - step, "layers": layers, **more}
 
 
@@ -58,9 +98,21 @@ def test_scalars_are_named_by_their_place() -> None:
         ("layers/00/share/copy", 0.25),
         ("layers/00/share/zero", 0.1),
         ("layers/00/ffn_experts_per_token", 0.8),
+        ("layers/00/wanted_ffn_experts_per_token", 1.0),
+        ("layers/00/ffn_experts_histogram/00", 0.0),
+        ("layers/00/ffn_experts_histogram/01", 0.0),
+        ("layers/00/ffn_experts_histogram/02", 0.0),
         ("layers/00/dropped", 0.25),
+        ("layers/00/dropped_share/ffn", 0.2),
+        ("layers/00/dropped_share/constant", 0.0),
+        ("layers/00/dropped_share/copy", 0.6),
+        ("layers/00/dropped_share/zero", 0.0),
         ("layers/00/ffn_load/00", 1.5),
         ("layers/00/ffn_load/01", 0.5),
+        ("layers/00/balance", 0.0),
+        ("layers/00/entropy", 0.0),
+        ("layers/00/top_1", 0.0),
+        ("layers/00/top_2", 0.0),
         ("sampled_share/redpajama/book", 0.25),
         ("validation/dolma/loss", 4.0),
         ("validation/dolma/tokens", 64.0),

@@ -10,7 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "moepp_ds"
 MODEL_FILES = (
-    "products router dispatch experts losses reference attention moe_layer model expert_parallel".split()
+    "products router dispatch experts losses statistics reference attention moe_layer controller model"
+    " gradient_ratio expert_parallel".split()
 )
 
 

@@ -22,6 +22,15 @@ from run_folders import GOLDEN_RECIPE, TOLERANCES, finished, sets, status, train
 
 from moepp_ds.train import main
 
+STEERED = (
+    "checkpoint.every=3",
+    "model.moe.controller={rate: 0.5}",
+    "model.moe.balance_scope=global_batch",
+    "model.moe.router.jitter=0.05",
+    "monitor.gradient_ratio_every=4",
+)
+"""Settings under which an update depends on what routing remembers of the one before it."""
+
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
 
@@ -42,11 +51,11 @@ def test_golden_losses(launch_deepspeed: LaunchDeepspeed, kept_runs: Path) -> No
 
 def test_resume_after_sigkill_is_exact(launch_deepspeed: LaunchDeepspeed, kept_runs: Path, tmp_path: Path) -> None:
     """Killed at a random update and resumed, the run's record is that of one never stopped, digit for digit."""
-    whole, cut = finished(launch_deepspeed, kept_runs, "often-saved", "checkpoint.every=3"), tmp_path / "cut"
+    whole, cut = finished(launch_deepspeed, kept_runs, "steered", *STEERED), tmp_path / "cut"
     step = random.randrange(1, 17)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
     command += ["--master_port", str(find_free_port()), "--module", "moepp_ds.train", GOLDEN_RECIPE]
-    command += ["--run-dir", str(cut), *sets("parallel.expert_parallel=2", "checkpoint.every=3")]
+    command += ["--run-dir", str(cut), *sets("parallel.expert_parallel=2", *STEERED)]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -60,9 +69,11 @@ def test_resume_after_sigkill_is_exact(launch_deepspeed: LaunchDeepspeed, kept_r
     done = _lines(cut / "metrics.jsonl")
     assert step <= done < 20, (tmp_path / "log").read_text()[-3000:]
     saved = (cut / "checkpoints/latest").exists()
-    output = train(launch_deepspeed, cut, "checkpoint.every=3", resume="auto")
+    output = train(launch_deepspeed, cut, *STEERED, resume="auto")
     print(f"killed after update {done} of 20")
     assert ("resumed from" in output) == saved
+    assert [i for i, record in enumerate(whole, 1) if "gradient_ratio" in record["layers"][0]] == [4, 8, 12, 16, 20]
+    assert all(max(map(abs, layer["bias"])) > 0 for layer in whole[0]["layers"])
     assert untimed(cut) == whole
     assert status(cut) == {"state": "completed", "step": 20, "message": ""}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,21 +14,41 @@ from dataclasses import dataclass
 from itertools import count
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.atomic import TEMPORARY, write_atomically
+from moepp_ds.checkpoint.errors import CheckpointError
 
 FORMAT = 1
 CHUNK_BYTES = 16 * 2**20
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""What is stored of a parameter: its fp32 weight and AdamW's two moments."""
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, is missing or damaged, or is of another run."""
+_ANOTHER = "use another checkpoint (in training: --resume PATH)"
+
+
+class _FileNote(BaseModel):
+    """What the index says of a file."""
+
+    bytes: int = Field(ge=0)
+    chunks: list[str]
+
+
+class _Index(BaseModel):
+    """What every index holds; the rest belongs to the run."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    step: int = Field(ge=0)
+    parameters: dict[str, list[Annotated[int, Field(ge=1)]]]
+    files: dict[Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")], _FileNote]  # no path leads out of the folder
 
 
 @dataclass(frozen=True)
@@ -143,12 +164,10 @@ def find_checkpoint(root: Path) -> Path | None:
     latest = root / "latest"
     if not latest.exists():
         return None
-    folder = root / latest.read_text().strip()
-    if not (folder / "index.json").exists():
-        raise CheckpointError(
-            f"{latest} names {folder.name}, which is no checkpoint; name one with --resume PATH"
-        )
-    return folder
+    name = latest.read_text(errors="replace").strip()
+    if not re.fullmatch(r"step-\d+", name) or not (root / name / "index.json").exists():
+        raise CheckpointError(f"{latest} names {name[:40]}, which is no checkpoint; name one by its folder")
+    return root / name
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -160,15 +179,29 @@ def read_index(folder: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         index = json.loads(text)
         found = index["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); resume from another checkpoint") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); {_ANOTHER}") from error
     if found != FORMAT:
         raise CheckpointError(
             f"{path} has format {found}, this version reads {FORMAT}; use the version that wrote it"
         )
     if text != _index_text(index):
-        raise CheckpointError(f"{path} does not match its checksum; resume from another checkpoint")
+        raise CheckpointError(f"{path} does not match its checksum; {_ANOTHER}")
+    try:
+        _Index.model_validate(index)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise CheckpointError(f"{path} is no index of a checkpoint: {place}: {first['msg']}; {_ANOTHER}") from None
     return index
+
+
+def stored_kinds(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a checkpoint holds of every parameter: all of KINDS, as those do that do not say, or weights alone."""
+    kinds = tuple(index.get("kinds", KINDS))
+    if kinds not in (KINDS, KINDS[:1]):
+        raise CheckpointError(f"a checkpoint holds {', '.join(KINDS)}, or weight alone, not '{', '.join(kinds)}'")
+    return kinds
 
 
 def _index_text(content: Mapping[str, Any]) -> str:
@@ -186,7 +219,7 @@ def verify_files(folder: Path, files: Mapping[str, Any], *, rank: int, world: in
         if not problem and _checksums(path) != expected["chunks"]:
             problem = f"{path} does not match its checksums"
         if problem:
-            raise CheckpointError(f"{problem}; resume from another checkpoint with --resume PATH")
+            raise CheckpointError(f"{problem}; {_ANOTHER}")
 
 
 def _size_problem(path: Path, size: int) -> str | None:
@@ -200,32 +233,46 @@ def find_pieces(folder: Path, files: Mapping[str, Any]) -> dict[tuple[str, str],
     """Where every stored range is, by (kind, parameter), in order of place; reads only the files' headers."""
     pieces: dict[tuple[str, str], list[Piece]] = {}
     for name in files:
-        with safe_open(folder / name, framework="pt") as stored:
-            for key in stored.keys():
-                kind, parameter, start = key.split("|")
-                (length,) = stored.get_slice(key).get_shape()
-                piece = Piece(int(start), int(start) + length, key, folder / name)
+        try:
+            for kind, parameter, piece in _headings(folder / name):
                 pieces.setdefault((kind, parameter), []).append(piece)
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{folder / name} holds no fragments of a checkpoint: {error}; {_ANOTHER}") from error
     for found in pieces.values():
         found.sort(key=lambda piece: piece.start)
     return pieces
 
 
+def _headings(file: Path) -> Iterator[tuple[str, str, Piece]]:
+    """Kind, parameter and place of every tensor of a file."""
+    with safe_open(file, framework="pt") as stored:
+        for key in stored.keys():
+            kind, parameter, start = key.split("|")
+            values = stored.get_slice(key)
+            (length,) = values.get_shape()
+            if values.get_dtype() != "F32":
+                raise ValueError(f"{key} is {values.get_dtype()} instead of F32")
+            yield kind, parameter, Piece(int(start), int(start) + length, key, file)
+
+
 def check_whole(
     pieces: Mapping[tuple[str, str], list[Piece]], shapes: Mapping[str, list[int]], kinds: tuple[str, ...]
 ) -> None:
-    """Every element of every parameter must be stored exactly once."""
+    """Every element of every parameter must be stored exactly once, in each of the kinds."""
     for kind in kinds:
         for name, shape in shapes.items():
             reached = 0
             for piece in pieces.get((kind, name), []):
-                if piece.start != reached:
+                if piece.start < reached:
+                    twice = f"elements {piece.start} to {min(reached, piece.stop)} are there twice"
+                    raise CheckpointError(f"{kind} of {name}: {twice}; {_ANOTHER}")
+                if piece.start > reached:
                     break
                 reached = piece.stop
             if reached != prod(shape):
                 raise CheckpointError(
-                    f"{kind} of {name}: without gap or overlap the checkpoint holds {reached} of its "
-                    f"{prod(shape)} elements; a fragment is missing, resume from another checkpoint"
+                    f"{kind} of {name}: without a gap the checkpoint holds {reached} of its "
+                    f"{prod(shape)} elements; a fragment is missing, {_ANOTHER}"
                 )
 
 

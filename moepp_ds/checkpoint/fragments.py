@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepp_ds.checkpoint.files import KINDS
 from moepp_ds.model import expert_offsets
-from moepp_ds.moe_layer import MoELayer
-
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -60,23 +58,6 @@ def _started_state(zero: Any, flat: Tensor) -> dict[str, Tensor]:
             state[kind] = torch.zeros_like(flat)
     state.setdefault("step", torch.zeros((), dtype=torch.float32, device=flat.device))
     return state
-
-
-def global_shapes(engine: Any) -> dict[str, list[int]]:
-    """The shape of every parameter over all ranks; experts stacked."""
-    num_experts = {
-        f"{name}.experts.": module.kinds.num_ffn
-        for name, module in engine.module.named_modules()
-        if isinstance(module, MoELayer)
-    }
-    shapes = {}
-    for name, parameter in engine.module.named_parameters():
-        shape = list(parameter.shape)
-        for prefix, total in num_experts.items():
-            if name.startswith(prefix):
-                shape[0] = total
-        shapes[name] = shape
-    return shapes
 
 
 def optimizer_facts(engine: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The recipe of a run: what the user writes, checked once, and every number that follows from it.
 
-* `schema`  one frozen model per concern; a sentence and a unit under each field
-* `derived` pure functions of those models: capacity, parameters, FLOPs, batch layout, learning rate
+* `model`, `moe`, `routing`, `training`  one frozen section per concern; a sentence and a unit under each field
+* `section` what they share: strict, frozen, closed to keys they do not know
+* `derived` pure functions of the sections: capacity, parameters, FLOPs, batch layout, learning rate
 * `recipe`  the whole: sections together, the checks that need two of them, the arithmetic printed at start
 * `loading` YAML file and `--set a.b=c` to a Recipe, or one `RecipeError` that lists every problem
 
@@ -14,6 +15,7 @@ from moepp_ds.config.derived import (
     Capacity,
     Layout,
     ParameterCounts,
+    controller_rate,
     count_parameters,
     expert_capacity,
     flops_per_token,
@@ -22,20 +24,16 @@ from moepp_ds.config.derived import (
 )
 from moepp_ds.config.errors import RecipeError
 from moepp_ds.config.loading import load_recipe
+from moepp_ds.config.model import ModelConfig
+from moepp_ds.config.moe import MoEConfig
 from moepp_ds.config.recipe import Recipe
-from moepp_ds.config.schema import (
-    CheckpointConfig,
-    EvaluationConfig,
-    ModelConfig,
-    MoEConfig,
-    MonitorConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from moepp_ds.config.routing import ControllerConfig, RouterConfig
+from moepp_ds.config.training import CheckpointConfig, EvaluationConfig, MonitorConfig, ParallelConfig, TrainConfig
 
 __all__ = [
     "Capacity",
     "CheckpointConfig",
+    "ControllerConfig",
     "EvaluationConfig",
     "Layout",
     "ModelConfig",
@@ -45,7 +43,9 @@ __all__ = [
     "ParameterCounts",
     "Recipe",
     "RecipeError",
+    "RouterConfig",
     "TrainConfig",
+    "controller_rate",
     "count_parameters",
     "expert_capacity",
     "flops_per_token",

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from moepp_ds.config.errors import RecipeError
-from moepp_ds.config.schema import ModelConfig, MoEConfig, ParallelConfig, TrainConfig
+from moepp_ds.config.model import ModelConfig
+from moepp_ds.config.moe import MoEConfig
+from moepp_ds.config.routing import ControllerConfig
+from moepp_ds.config.training import ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +34,18 @@ def expert_capacity(moe: MoEConfig, tokens: int) -> Capacity:
         C_FFN = gamma tau A / (tau N_FFN + N_ZC)        C_ZC = gamma A / (tau N_FFN + N_ZC)
 
     with A = top_k x tokens when seats are counted for assignments and A = tokens when they are counted for
-    tokens. Both are rounded up, and lie between 1 and `tokens`: a token chooses an expert at most once.
-    A vanilla MoE has N_ZC = 0, and tau cancels.
+    tokens, as they always are with a threshold. Both are rounded up, and lie between min_capacity and `tokens`: a
+    token chooses an expert at most once. A vanilla MoE has N_ZC = 0, and tau cancels; with a threshold that is
+    XMoE's gamma T / N. Raises ValueError for a dropless layer, which has no seats.
     """
+    if moe.capacity_factor is None or moe.min_capacity is None:
+        raise ValueError("a dropless layer has no seats; ask for them only where moe.dropless is false")
     tau = Fraction(repr(moe.tau))
-    asked = tokens * (moe.top_k if moe.capacity_counts == "assignments" else 1)
+    asked = tokens * (moe.top_k or 1) if moe.capacity_counts == "assignments" else tokens
     weighted_experts = tau * moe.num_ffn_experts + moe.num_zero_computation
     unit = Fraction(repr(moe.capacity_factor)) * asked / weighted_experts
-    return Capacity(
-        ffn=min(tokens, max(1, math.ceil(tau * unit))), zero_computation=min(tokens, max(1, math.ceil(unit)))
-    )
+    ffn, zero_computation = (min(tokens, max(moe.min_capacity, math.ceil(seats))) for seats in (tau * unit, unit))
+    return Capacity(ffn=ffn, zero_computation=zero_computation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +63,42 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     """Count the parameters of `model`.
 
     * embedding V D, head V D (untied), final norm D
-    * each layer: two norms of D, four attention matrices D x D
-    * each MoE layer: router E x D; gating residual E x E in all but the first; N_FFN experts of 3 D F;
-      constant experts of 3 D (W_c is 2 x D, v is D)
-    * each dense layer: one FFN of 3 D F
+    * each layer: two norms of D; attention of H heads and U heads of keys and values, A wide: 2 D H A + 2 D U A,
+      biases (H + 2 U) A, norms of queries and keys (H + U) A over all heads or 2 A within each
+    * each MoE layer: router E x D, or 8E x D + E x 8E of two layers; gating residual E x E in all but the first;
+      N_FFN experts of 3 D F; shared experts of 3 D F each, their gate D; constant experts of 3 D (W_c is 2 x D, v
+      is D)
+    * each dense layer: one FFN of 3 D F, F its own
 
-    Activated leaves out the embedding, of which a token reads one row, and counts `moe.mean_ffn_experts` FFN
-    experts in a MoE layer. For a vanilla MoE that is top_k exactly; for MoE++ it is the load that the balance
-    loss aims at.
+    Activated leaves out the embedding, of which a token reads one row, and counts all shared and
+    `moe.mean_ffn_experts` routed FFN experts in a MoE layer. For a vanilla MoE that is top_k exactly; for MoE++
+    it is the load that the balance loss or the controller aims at, and with a threshold the most there can be.
     """
-    moe, width, experts = model.moe, model.hidden_size, model.moe.num_experts
-    ffn = 3 * width * model.ffn_hidden_size
-    dense_layers = model.num_layers - model.num_moe_layers
-    everywhere = model.num_layers * (2 * width + 4 * width**2) + dense_layers * ffn + width
-    router = model.num_moe_layers * experts * width
-    if moe.gating_residual:
-        router += (model.num_moe_layers - 1) * experts**2
-    constants = model.num_moe_layers * moe.num_constant * 3 * width
+    moe, width, layers = model.moe, model.hidden_size, model.num_moe_layers
+    expert, dense = 3 * width * model.expert_ffn_hidden_size, 3 * width * model.ffn_hidden_size
+    everywhere = model.num_layers * (2 * width + _attention_parameters(model)) + width
+    everywhere += (model.num_layers - layers) * dense
+    at_home = layers * (moe.num_constant * 3 * width + moe.num_shared_experts * expert + moe.shared_expert_gate * width)
     table = model.vocab_size * width
-    shared = everywhere + router + constants + table
+    for_all = everywhere + _router_parameters(model) + at_home + table
     return ParameterCounts(
-        total=shared + table + model.num_moe_layers * moe.num_ffn_experts * ffn,
-        activated=shared + round(model.num_moe_layers * moe.mean_ffn_experts * ffn),
+        total=for_all + table + layers * moe.num_ffn_experts * expert,
+        activated=for_all + round(layers * moe.mean_ffn_experts * expert),
     )
+
+
+def _attention_parameters(model: ModelConfig) -> int:
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    biases = queries + 2 * keys if model.qkv_bias else 0
+    norms = {"none": 0, "full": queries + keys, "per_head": 2 * model.head_dim}[model.qk_norm]
+    return 2 * model.hidden_size * (queries + keys) + biases + norms
+
+
+def _router_parameters(model: ModelConfig) -> int:
+    """Of all MoE layers together."""
+    experts, width, layers = model.moe.num_experts, model.hidden_size, model.num_moe_layers
+    one = experts * width if model.moe.router.num_layers == 1 else 8 * experts * (width + experts)
+    return layers * one + (layers - 1) * experts**2 * model.moe.gating_residual
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
@@ -88,18 +106,17 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
 
     Convention: a multiply and an add are two operations; matrix products alone are counted, so no norm,
     softmax, activation or optimizer; causal attention sees (seq_len + 1) / 2 positions on average, and
-    attention that stops at document ends is counted like any other; FFN experts at `moe.mean_ffn_experts`.
+    attention that stops at document ends is counted like any other; all shared experts, and routed FFN experts at
+    `moe.mean_ffn_experts`.
     Forward and backward together are three times this.
     """
-    moe, width, experts = model.moe, model.hidden_size, model.moe.num_experts
-    ffn = 6 * width * model.ffn_hidden_size
-    attention = 8 * width**2 + 2 * width * (seq_len + 1)
-    router = 2 * experts * width * model.num_moe_layers
-    if moe.gating_residual:
-        router += 2 * experts**2 * (model.num_moe_layers - 1)
-    constants = 6 * width * moe.num_constant * model.num_moe_layers
-    computed = model.num_moe_layers * moe.mean_ffn_experts + (model.num_layers - model.num_moe_layers)
-    return model.num_layers * attention + router + constants + computed * ffn + 2 * width * model.vocab_size
+    moe, width, layers = model.moe, model.hidden_size, model.num_moe_layers
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    attention = model.num_layers * (4 * width * (queries + keys) + 2 * queries * (seq_len + 1))
+    experts = layers * (moe.mean_ffn_experts + moe.num_shared_experts) * 6 * width * model.expert_ffn_hidden_size
+    dense = (model.num_layers - layers) * 6 * width * model.ffn_hidden_size
+    small = layers * (6 * width * moe.num_constant + 2 * width * moe.shared_expert_gate)
+    return attention + 2 * _router_parameters(model) + experts + dense + small + 2 * width * model.vocab_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,3 +185,12 @@ def scheduled_learning_rate(train: TrainConfig, step: int) -> float:
     past, decay_steps = step - train.warmup_steps, count_steps(train) - 1 - train.warmup_steps
     done = min(1.0, past / decay_steps) if decay_steps > 0 else float(past > 0)
     return train.final_lr + (train.max_lr - train.final_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def controller_rate(controller: ControllerConfig, step: int, total_steps: int) -> float:
+    """Return the controller's step mu after update `step` (from 0) of `total_steps`: a straight line.
+
+    `rate` after the first update, `final_rate` after the last one and ever after.
+    """
+    done = min(1.0, step / max(1, total_steps - 1))
+    return controller.rate + (controller.final_rate - controller.rate) * done

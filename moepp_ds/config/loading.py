@@ -2,9 +2,10 @@
 
 1. Read the file as YAML, numbers as YAML 1.2 writes them (5e-4 is a number; 010 and 1:30, which YAML 1.1 takes
    for 8 and 90, are none), a key given twice refused.
-2. Lay the overrides over it; their values are YAML too.
-3. Fill in `name`, find the DeepSpeed JSON.
-4. Check everything at once, and say what is wrong in the user's words: dotted key, place, nearest valid key.
+2. Lay its model section over one that comes from elsewhere, such as an imported folder, if there is one.
+3. Lay the overrides over it all; their values are YAML too.
+4. Fill in `name`, find the DeepSpeed JSON.
+5. Check everything at once, and say what is wrong in the user's words: dotted key, place, nearest valid key.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -62,8 +64,13 @@ def _parse(text: str) -> Any:
         raise yaml.YAMLError("it is nested too deeply") from None
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, model: Mapping[str, Any] | None = None
+) -> Recipe:
     """Read the recipe at `path` and lay `overrides` (each "a.b=value") over it.
+
+    model: a model section from elsewhere, as plain values; what the file and the overrides say of the model is laid
+    over it, key by key, so a recipe for given weights need not repeat their sizes.
 
     The DeepSpeed JSON is looked for from the working folder, then from each folder above the recipe; the
     recipe returned holds its absolute path. `data.path` is left as it is, relative to the working folder.
@@ -72,19 +79,32 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = Path(path)
     raw = _read(file)
+    if model is not None and isinstance(raw.get("model") or {}, dict):
+        raw["model"] = _laid_over(model, raw.get("model") or {})
+    origins = lay_overrides(raw, overrides)
+    raw.setdefault("name", file.stem)
+    if isinstance(raw.get("deepspeed"), str) and raw["deepspeed"]:
+        raw["deepspeed"] = str(_find(raw["deepspeed"], file))
+    return check_recipe(raw, origins, place=str(file))
+
+
+def lay_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    """Lay "a.b=value" overrides over `raw`, which changes; the last one holds. Returns who said each dotted key."""
     origins: dict[str, str] = {}
     for override in overrides:
         dotted, value = _parse_override(override)
         _lay_over(raw, dotted, value, override)
         origins[dotted] = f"--set {override}"
-    raw.setdefault("name", file.stem)
-    if isinstance(raw.get("deepspeed"), str) and raw["deepspeed"]:
-        raw["deepspeed"] = str(_find(raw["deepspeed"], file))
+    return origins
+
+
+def check_recipe(raw: Mapping[str, Any], origins: Mapping[str, str], *, place: str) -> Recipe:
+    """Make a recipe of plain values, or raise RecipeError that lists every problem in the words of `place`."""
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [_describe(problem, origins) for problem in error.errors(include_url=False)]
-    heading = f"{file}: {len(problems)} problems" if len(problems) > 1 else f"{file}:"
+        problems = [line for problem in error.errors(include_url=False) for line in _describe(problem, origins)]
+    heading = f"{place}: {len(problems)} problems" if len(problems) > 1 else f"{place}:"
     raise RecipeError("\n  ".join([heading, *problems]))
 
 
@@ -124,7 +144,7 @@ def _lay_over(raw: dict[str, Any], dotted: str, value: Any, override: str) -> No
     *sections, key = dotted.split(".")
     here = raw
     for depth, section in enumerate(sections):
-        below = here.setdefault(section, {})
+        below = here[section] = {} if here.get(section) is None else here[section]  # null is a section not there
         if not isinstance(below, dict):
             taken = ".".join(sections[: depth + 1])
             raise RecipeError(
@@ -132,6 +152,15 @@ def _lay_over(raw: dict[str, Any], dotted: str, value: Any, override: str) -> No
             )
         here = below
     here[key] = value
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `below` with every key of `above`; where both hold a section, the same inside it."""
+    merged = deepcopy(dict(below))
+    for key, value in above.items():
+        here = merged.get(key)
+        merged[key] = _laid_over(here, value) if isinstance(here, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _find(name: str, recipe: Path) -> Path:
@@ -149,8 +178,11 @@ def _find(name: str, recipe: Path) -> Path:
     raise RecipeError(f"{recipe}: deepspeed: {name} was not found; tried, in this order:\n  {looked}")
 
 
-def _describe(problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
-    """Put one of pydantic's errors into a line: dotted key, what is wrong, where it was said."""
+def _describe(problem: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """Put one of pydantic's errors into lines: dotted key, what is wrong, where it was said.
+
+    It is one line, but for a section that finds several contradictions in itself and raises them together.
+    """
     loc = [str(part) for part in problem["loc"]]
     dotted = ".".join(loc)
     unknown = problem["type"] == "extra_forbidden"  # then an override below it is what brought it in
@@ -164,13 +196,13 @@ def _describe(problem: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     )
     place = f" (from {said})" if said else ""
     if unknown:
-        return f"{dotted}: unknown key{_suggest(loc)}{place}"
+        return [f"{dotted}: unknown key{_suggest(loc)}{place}"]
     if problem["type"] == "missing":
-        return f"{dotted}: is required and not given"
+        return [f"{dotted}: is required and not given"]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{dotted}: {message}{place}" if dotted else f"{message}{place}"
-    return f"{dotted}: {_show(problem['input'])}: {message[0].lower()}{message[1:]}{place}"
+        return [f"{dotted}: {line}{place}" if dotted else f"{line}{place}" for line in message.split("\n")]
+    return [f"{dotted}: {_show(problem['input'])}: {message[0].lower()}{message[1:]}{place}"]
 
 
 def _suggest(loc: Sequence[str]) -> str:
@@ -193,8 +225,9 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
     """Yield every dotted key of the recipe with the dotted name of the section that holds it."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}", prefix.rstrip(".")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or a section or null
+            if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")
 
 
 def _show(value: Any) -> str:

@@ -17,15 +17,9 @@ from moepp_ds.config.derived import (
     plan_layout,
     scheduled_learning_rate,
 )
-from moepp_ds.config.schema import (
-    CheckpointConfig,
-    EvaluationConfig,
-    ModelConfig,
-    MonitorConfig,
-    ParallelConfig,
-    Section,
-    TrainConfig,
-)
+from moepp_ds.config.model import ModelConfig
+from moepp_ds.config.section import Section
+from moepp_ds.config.training import CheckpointConfig, EvaluationConfig, MonitorConfig, ParallelConfig, TrainConfig
 
 
 class _RecipeDumper(yaml.SafeDumper):
@@ -74,12 +68,24 @@ class Recipe(Section):
             raise ValueError(
                 f"train.batch_tokens {tokens} is not a multiple of data.seq_len {seq_len}; use {fits}"
             )
-        experts, ways = self.model.moe.num_ffn_experts, self.parallel.expert_parallel
-        if experts % ways:
-            fits = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        moe, ways = self.model.moe, self.parallel.expert_parallel
+        if moe.num_ffn_experts % ways:
+            fits = ", ".join(str(n) for n in range(1, moe.num_ffn_experts + 1) if moe.num_ffn_experts % n == 0)
             raise ValueError(
-                f"parallel.expert_parallel {ways} does not divide model.moe.num_ffn_experts {experts}; "
+                f"parallel.expert_parallel {ways} does not divide model.moe.num_ffn_experts {moe.num_ffn_experts}; "
                 f"use one of {fits}"
+            )
+        together = self.train.micro_batch_size * seq_len
+        if moe.min_capacity is not None and moe.min_capacity > together:
+            raise ValueError(
+                f"model.moe.min_capacity {moe.min_capacity:,} is more than the {together:,} tokens of a micro batch "
+                "(train.micro_batch_size x data.seq_len), so no seat would ever be missing; lower it, or set "
+                "model.moe.dropless to true"
+            )
+        if self.monitor.gradient_ratio_every is not None and not moe.balance_weight:
+            raise ValueError(
+                "monitor.gradient_ratio_every measures the pull of the balance loss, and model.moe.balance_weight is "
+                "0; set one of them, or gradient_ratio_every to null"
             )
         return self
 
@@ -113,25 +119,57 @@ class Recipe(Section):
 
     def arithmetic(self, world: int) -> list[str]:
         """Return what a run on `world` ranks prints at start: its numbers and where they come from."""
-        model, moe, train, layout = self.model, self.model.moe, self.train, self.layout(world)
-        counts, steps = count_parameters(model), self.total_steps
-        flops, ways = flops_per_token(model, self.data.seq_len), self.parallel.expert_parallel
+        model, train, layout = self.model, self.train, self.layout(world)
+        counts, steps, ways = count_parameters(model), self.total_steps, self.parallel.expert_parallel
         return [
-            f"{model.num_layers} layers ({model.num_moe_layers} MoE) x {moe.num_experts} experts "
-            f"({moe.num_ffn_experts} FFN + {moe.num_constant} constant + {moe.num_copy} copy + "
-            f"{moe.num_zero} zero), top {moe.top_k}",
-            f"{counts.total:,} parameters, {counts.activated:,} activated per token at "
-            f"{moe.mean_ffn_experts:.2f} FFN experts per token",
-            f"{flops / 1e9:.3f} GFLOP per token forward, three times that to train",
+            f"{model.num_layers} layers ({model.num_moe_layers} MoE) x {self._experts()}",
+            f"{counts.total:,} parameters, {counts.activated:,} activated per token at {self._ffn_experts()}",
+            f"{flops_per_token(model, self.data.seq_len) / 1e9:.3f} GFLOP per token forward, three times that to train",
             f"{layout.micro_batch_size} rows x {self.data.seq_len} tokens x "
             f"{layout.accumulation_steps} steps x {world} ranks = {train.batch_tokens:,} tokens per update",
             f"{steps:,} updates x {train.batch_tokens:,} tokens = {steps * train.batch_tokens:,} tokens "
             f"({self._what_ends_the_run()})",
             self._schedule(),
             self._seats(layout.micro_batch_size * self.data.seq_len),
+            *self._steering(layout.micro_batch_size * self.data.seq_len),
             f"{world} ranks / expert parallel {ways} = {world // ways} copies of the FFN experts, "
-            f"{moe.num_ffn_experts // ways} of each layer on each rank",
+            f"{model.moe.num_ffn_experts // ways} of each layer on each rank",
         ]
+
+    def _experts(self) -> str:
+        moe = self.model.moe
+        chosen = f"top {moe.top_k}" if moe.top_k is not None else f"threshold {moe.router.threshold:g}"
+        shared = f", and {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
+        return (
+            f"{moe.num_experts} experts ({moe.num_ffn_experts} FFN + {moe.num_constant} constant + {moe.num_copy} copy "
+            f"+ {moe.num_zero} zero), {chosen}{shared}"
+        )
+
+    def _ffn_experts(self) -> str:
+        moe = self.model.moe
+        bound = "up to " if moe.top_k is None and moe.controller is None else ""
+        shared = f" and {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
+        return f"{bound}{moe.mean_ffn_experts:.2f}{' routed' * bool(shared)}{shared} FFN experts per token"
+
+    def _steering(self, tokens: int) -> list[str]:
+        """What moves the load, where that is not equation 7 alone."""
+        moe, lines = self.model.moe, []
+        if moe.balance == "none":
+            lines.append("no balance loss")
+        elif (moe.balance, moe.balance_counts, moe.balance_scope) != ("per_expert", "all", "micro_batch"):
+            counted = {"all": "all choices", "first": "first choices"}[moe.balance_counts]
+            where = {"micro_batch": "the micro batch", "global_batch": "the previous update"}[moe.balance_scope]
+            lines.append(f"balance loss {moe.balance} of {counted} in {where}, weight {moe.balance_weight:g}")
+        if moe.controller is not None:
+            short = ""
+            if not moe.dropless:
+                seats = expert_capacity(moe, tokens).ffn * moe.num_ffn_experts / tokens
+                short = f", but there are seats for {seats:.2f}" if seats < moe.mean_ffn_experts else ""
+            lines.append(
+                f"controller {moe.controller.rule} steers to {moe.mean_ffn_experts:.2f} routed FFN experts per token"
+                f"{short}; rate {moe.controller.rate:g} -> {moe.controller.final_rate:g}"
+            )
+        return lines
 
     def _what_ends_the_run(self) -> str:
         train, steps = self.train, self.total_steps

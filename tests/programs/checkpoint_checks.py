@@ -29,9 +29,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data_pipeline.atomic import TEMPORARY
-from moepp_ds.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, read_index, save_checkpoint
-from moepp_ds.checkpoint.files import write_fragments, write_index
+from moepp_ds.checkpoint import CheckpointError
+from moepp_ds.checkpoint.files import find_checkpoint, read_index, write_fragments, write_index
 from moepp_ds.checkpoint.fragments import optimizer_facts
+from moepp_ds.checkpoint.live import load_checkpoint, save_checkpoint
+from moepp_ds.checkpoint.weights import WeightReader
+from moepp_ds.checkpoint.writer import write_weights
 from moepp_ds.engine import join_ranks
 from tests.programs import checks, tiny
 
@@ -143,6 +146,36 @@ def continues(ways: int, folder: Path, root: Path | None = None) -> None:
 
 def loads_without_expert_parallelism() -> None:
     continues(1, TWO_BY_TWO / "step-00000003", FOLDER / "two_by_one")
+
+
+def old_ones_that_do_not_say_what_they_hold_load() -> None:
+    """Before weights could come alone, an index had no list of kinds: every one was there."""
+    old = FOLDER / "old" / "step-00000003"
+
+    def make_old() -> None:
+        shutil.copytree(TWO_BY_TWO / "step-00000003", old)
+        index = read_index(old)
+        assert index.pop("kinds") == ["weight", "exp_avg", "exp_avg_sq"]
+        write_index(old, index, index.pop("files"))
+
+    on_first(make_old)
+    continues(2, old)
+
+
+def weights_alone_go_on_with_a_new_optimizer() -> None:
+    """Loaded into an engine that has trained, too: moments are zero again, and no update is counted."""
+    reader, root = WeightReader(TWO_BY_TWO / "step-00000003"), FOLDER / "alone"
+    weights = {name: reader.read(name) for name in reader.shapes}
+    pieces = [(name, 0, weight) for name, weight in weights.items()]
+    on_first(lambda: write_weights(root, pieces, shapes=reader.shapes, step=0, facts=FACTS, file_bytes=4096))
+    _, engine = trained(2, 2)
+    index = load_checkpoint(engine, root / "step-00000000")
+    assert (index["kinds"], index["step"], engine.global_steps) == (["weight"], 0, 0)
+    assert optimizer_facts(engine)["updates"] == 0
+    expected = {f"weight|{name}": weight for name, weight in weights.items()}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        expected |= {f"{kind}|{name}": torch.zeros_like(weight) for name, weight in weights.items()}
+    tiny.same(tiny.global_arrays(engine), expected)
 
 
 # -- part one: one rank; part back: two ranks again ----------------------------------------------------------
@@ -380,16 +413,16 @@ def flip(path: Path, place: int) -> None:
 
 
 def damaged_byte() -> None:
-    refuses(lambda folder: flip(folder / SECOND, -5), f"{SECOND} does not match its checksums; resume from another")
+    refuses(lambda folder: flip(folder / SECOND, -5), f"{SECOND} does not match its checksums; use another checkpoint")
     refuses(lambda folder: flip(folder / SECOND, 12), f"{SECOND} does not match its checksums")  # its header
 
 
 def truncated_file() -> None:
-    refuses(lambda folder: os.truncate(folder / SECOND, 1000), rf"{SECOND} has 1000 bytes instead of \d+; resume")
+    refuses(lambda folder: os.truncate(folder / SECOND, 1000), rf"{SECOND} has 1000 bytes instead of \d+; use another")
 
 
 def missing_file() -> None:
-    refuses(lambda folder: (folder / SECOND).unlink(), f"{SECOND} is missing; resume from another checkpoint")
+    refuses(lambda folder: (folder / SECOND).unlink(), f"{SECOND} is missing; use another checkpoint")
 
 
 def _without(folder: Path, key: str) -> None:
@@ -417,7 +450,7 @@ def missing_fragment() -> None:
     key = "exp_avg_sq|blocks.3.moe.experts.down_EFD"
     refuses(
         lambda folder: _without(folder, key),
-        "exp_avg_sq of blocks.3.moe.experts.down_EFD: without gap or overlap the checkpoint holds 768 of its 1536",
+        "exp_avg_sq of blocks.3.moe.experts.down_EFD: without a gap the checkpoint holds 768 of its 1536",
     )
 
 
@@ -444,7 +477,7 @@ def newer_format() -> None:
 def damaged_index() -> None:
     path = TWO_BY_TWO / "step-00000003" / "index.json"
     size = path.stat().st_size
-    refuses(lambda folder: os.truncate(folder / "index.json", size // 2), r"index.json is damaged \(.*\); resume")
+    refuses(lambda folder: os.truncate(folder / "index.json", size // 2), r"index.json is damaged \(.*\); use another")
     refuses(lambda folder: (folder / "index.json").write_text("[]"), "index.json is damaged")
     for place in range(0, size, 41):  # in spaces and digits, keys and checksums: no change goes unseen
         refused = False
@@ -460,12 +493,22 @@ def damaged_index() -> None:
         assert refused, f"byte {place} of index.json can be changed"
 
 
+def kinds_that_nobody_knows() -> None:
+    def rewrite(folder: Path, kinds: list[str]) -> None:
+        index = read_index(folder)
+        index["kinds"] = kinds
+        write_index(folder, index, index.pop("files"))
+
+    for kinds in (["exp_avg", "weight"], ["weight", "momentum"], []):
+        refuses(lambda folder: rewrite(folder, kinds), f"holds weight, .*, or weight alone, not '{', '.join(kinds)}'$")
+
+
 def folder_that_is_no_checkpoint() -> None:
     refuses(lambda folder: (folder / "index.json").unlink(), "is no checkpoint: it holds no index.json")
     root = FOLDER / "points_nowhere"
     on_first(lambda: root.mkdir())
     on_first(lambda: (root / "latest").write_text("step-00000007\n"))
-    with pytest.raises(CheckpointError, match="latest names step-00000007, which is no checkpoint; name one with"):
+    with pytest.raises(CheckpointError, match="latest names step-00000007, which is no checkpoint; name one by"):
         find_checkpoint(root)
 
 
@@ -565,6 +608,8 @@ PARTS: dict[str, list[Callable[[], None]]] = {
         same_layout_continues_digit_for_digit_in_bf16,
         checkpoint_before_the_first_update,
         loads_without_expert_parallelism,
+        old_ones_that_do_not_say_what_they_hold_load,
+        weights_alone_go_on_with_a_new_optimizer,
     ],
     "one": [one_rank_loads_what_two_saved],
     "back": [
@@ -584,6 +629,7 @@ PARTS: dict[str, list[Callable[[], None]]] = {
         another_models_shapes,
         newer_format,
         damaged_index,
+        kinds_that_nobody_knows,
         folder_that_is_no_checkpoint,
         ranks_that_see_different_checkpoints,
         one_rank_that_cannot_go_on_reading_ends_all,

@@ -29,6 +29,17 @@ LAYOUTS = [ways for ways in (1, 2) if RANKS.world % ways == 0]
 """Expert-parallel sizes that this world allows; checks go through all of them."""
 
 
+OTHER_CHOICES = [
+    "num_shared_experts=1",
+    "shared_expert_gate=true",
+    "router.num_layers=2",
+    "router.logit_std=1.0",
+    "router.jitter=0.1",
+    "router.z_loss_weight=0.01",
+]
+"""What adds parameters to a layer, losses, or noise that must not depend on the layout."""
+
+
 def moe_layers(engine: Any) -> list[ExpertParallelMoE]:
     return [module for module in engine.module.modules() if isinstance(module, ExpertParallelMoE)]
 
@@ -244,9 +255,9 @@ def nan_gradient_skips_the_update_in_bf16() -> None:
 def updates_equal_plain_torch() -> None:
     """Losses, norms, weights and moments are those of AdamW in one process: an update to 1e-5, three to 1e-4."""
     for ways in LAYOUTS:
-        for dropless in ("true", "false"):
+        for choices in (["dropless=true"], ["dropless=false"], OTHER_CHOICES):
             # AdamW's first update is the sign of a gradient, also of one that is rounding alone, unless eps is more
-            overrides = [f"model.moe.dropless={dropless}", "train.adam_eps=1e-6"]
+            overrides = [*(f"model.moe.{choice}" for choice in choices), "train.adam_eps=1e-6"]
             asked = tiny.recipe(*overrides, expert_parallel=ways)
             engine, plain = tiny.engine_for(asked, RANKS), tiny.PlainRun.start(asked)
             for steps, relative in (([0], 1e-5), ([1, 2], 1e-4)):

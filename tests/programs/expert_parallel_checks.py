@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from moepp_ds.expert_parallel import AllToAll, ExpertParallelMoE, check_partitio
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.model import MoEPlusPlusModel
 from moepp_ds.moe_layer import LayerSettings, MoELayer, MoEOutput
+from moepp_ds.router import RouterSettings
+from moepp_ds.statistics import RoutingStatistics
 from tests.programs import checks, tiny
 
 WORLD = 2
@@ -86,7 +89,7 @@ def layers(
 
     bias: by expert, what its logit gets from the last feature of every token, which is 1.
     """
-    settings = LayerSettings(top_k=3, tau=0.75, seats=seats, drop_policy="probability")
+    settings = LayerSettings(router=RouterSettings(top_k=3), tau=0.75, seats=seats, drop_policy="probability")
     whole = MoELayer(WIDTH, FFN_WIDTH, KINDS, settings, has_residual=True).double()
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
@@ -148,8 +151,10 @@ def compare(whole: MoELayer, split: ExpertParallelMoE, *, recompute: bool = Fals
             expected, expected_x, expected_logits = result
             dense = {n: p.grad.clone() for n, p in whole.named_parameters() if p.grad is not None}
     out, x_grad, logits_grad = forward_backward(split, me, recompute=recompute)
-    for name in ("output_TD", "logits_TE", "balance_loss", "wanted_E", "kept_E"):
+    for name in ("output_TD", "logits_TE", "balance_loss", "z_loss"):
         equal(name, getattr(out, name), getattr(expected, name))
+    for field in fields(RoutingStatistics):
+        equal(field.name, getattr(out.statistics, field.name), getattr(expected.statistics, field.name))
     equal("x_TD", x_grad, expected_x)
     equal("previous logits", logits_grad, expected_logits)
     for name, parameter in split.named_parameters():
@@ -160,12 +165,12 @@ def compare(whole: MoELayer, split: ExpertParallelMoE, *, recompute: bool = Fals
 
 def layer_equals_one_rank_dropless() -> None:
     out = compare(*layers(seats=None))
-    assert torch.equal(out.wanted_E, out.kept_E)
+    assert torch.equal(out.statistics.wanted_E, out.statistics.kept_E)
 
 
 def layer_equals_one_rank_with_capacity() -> None:
     out = compare(*layers(seats=lambda tokens: SEATS))
-    assert (out.kept_E < out.wanted_E).any()
+    assert (out.statistics.kept_E < out.statistics.wanted_E).any()
 
 
 def layer_equals_one_rank_when_recomputed() -> None:
@@ -174,14 +179,14 @@ def layer_equals_one_rank_when_recomputed() -> None:
 
 def one_rank_gets_every_token() -> None:
     out = compare(*layers(seats=None, bias={0: 90.0, 1: 80.0, 4: 70.0}))
-    assert out.wanted_E.tolist() == [n * out.output_TD.shape[0] for n in (1, 1, 0, 0, 1, 0, 0, 0)]
+    assert out.statistics.wanted_E.tolist() == [n * out.output_TD.shape[0] for n in (1, 1, 0, 0, 1, 0, 0, 0)]
 
 
 def no_token_reaches_an_ffn_expert() -> None:
     """The experts then have gradients all the same, of zeros: DeepSpeed waits for every parameter."""
     whole, split = layers(seats=None, bias={5: 90.0, 6: 80.0, 7: 70.0})
     out = compare(whole, split)
-    assert out.wanted_E[:4].sum() == 0
+    assert out.statistics.wanted_E[:4].sum() == 0
     assert all(p.grad is not None and not p.grad.any() for p in split.experts.parameters())
 
 
@@ -191,7 +196,7 @@ def evaluation_needs_no_gradient() -> None:
     with torch.no_grad():
         expected, out = whole.eval()(x_TD, logits_TE), split.eval()(x_TD, logits_TE)
     torch.testing.assert_close(out.output_TD, expected.output_TD, rtol=1e-10, atol=1e-10)
-    assert torch.equal(out.kept_E, out.wanted_E)  # evaluation drops nothing
+    assert torch.equal(out.statistics.kept_E, out.statistics.wanted_E)  # evaluation drops nothing
 
 
 # -- what travels ----------------------------------------------------------------------------------------------
@@ -230,8 +235,8 @@ def only_kept_ffn_assignments_travel() -> None:
         _, split = layers(seats=seats)
         with Traffic() as traffic:
             out, *_ = forward_backward(split, dist.get_rank())
-        kept_PE = [torch.empty_like(out.kept_E) for _ in range(WORLD)]
-        dist.all_gather(kept_PE, out.kept_E)
+        kept_PE = [torch.empty_like(out.statistics.kept_E) for _ in range(WORLD)]
+        dist.all_gather(kept_PE, out.statistics.kept_E)
         me, other, row = dist.get_rank(), 1 - dist.get_rank(), WIDTH * 8
         away = int(kept_PE[me][2 * other : 2 * other + 2].sum()) * row
         arriving = int(kept_PE[other][2 * me : 2 * me + 2].sum()) * row
@@ -240,7 +245,7 @@ def only_kept_ffn_assignments_travel() -> None:
         assert traffic.sent == [away, arriving, away, arriving], traffic.sent
         assert traffic.received == [arriving, away, arriving, away], traffic.received
         assert traffic.kept_here == [home] * 4
-        assert out.kept_E[4:].sum() > 0  # the zero-computation assignments, of which no row went anywhere
+        assert out.statistics.kept_E[4:].sum() > 0  # the zero-computation assignments, of which no row went anywhere
 
 
 # -- DeepSpeed's seams -----------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.loader import Batch
-from moepp_ds.checkpoint.fragments import global_shapes, owned_fragments
+from moepp_ds.checkpoint.fragments import owned_fragments
+from moepp_ds.checkpoint.shapes import global_shapes
 from moepp_ds.config import Recipe, load_recipe
+from moepp_ds.controller import RoutingInputs
 from moepp_ds.engine import Ranks, build_engine
 from moepp_ds.expert_parallel import decays
 from moepp_ds.model import MoEPlusPlusModel, initialize
@@ -90,7 +92,7 @@ def global_arrays(engine: Any) -> dict[str, Tensor]:
     ]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    sizes = {name: int(np.prod(shape)) for name, shape in global_shapes(engine).items()}
+    sizes = {name: int(np.prod(shape)) for name, shape in global_shapes(engine.module.config).items()}
     arrays: dict[str, Tensor] = {}
     for kind, name, start, values in (fragment for fragments in everyone for fragment in fragments):
         array = arrays.setdefault(f"{kind}|{name}", torch.full((sizes[name],), torch.nan))
@@ -132,7 +134,8 @@ class PlainRun:
         self.optimizer.zero_grad()
         batches, total = micro_batches(step), 0.0
         for batch in batches:
-            loss = self.model(torch.from_numpy(batch.tokens_BS1)).loss / len(batches)
+            routing = RoutingInputs(first_row=batch.row_start)  # what `update` tells a model that has no state yet
+            loss = self.model(torch.from_numpy(batch.tokens_BS1), routing).loss / len(batches)
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip or float("inf"))

@@ -1,0 +1,23 @@
+"""A recipe that a checkpoint holds, under overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+from moepp_ds.config.errors import RecipeError
+from moepp_ds.config.loading import check_recipe, lay_overrides
+from moepp_ds.config.recipe import Recipe
+
+
+def stored_recipe(content: Any, overrides: Sequence[str] = (), *, place: str) -> Recipe:
+    """The recipe whose `model_dump(mode="json")` is `content`, with `overrides` (each "a.b=value") laid over it.
+
+    Unlike `load_recipe` it looks for no DeepSpeed JSON: a checkpoint is read on machines that do not train.
+    place: what messages call it. Raises RecipeError that lists every problem found.
+    """
+    if not isinstance(content, dict):
+        raise RecipeError(f"{place}: it is {content!r} and no mapping of sections (model, data, train, ...)")
+    raw = deepcopy(content)
+    return check_recipe(raw, lay_overrides(raw, overrides), place=place)

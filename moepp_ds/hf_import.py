@@ -1,0 +1,171 @@
+"""From a model folder of either of our layouts to a run that goes on training it.
+
+1. Open    config.json says the model section of the recipe; what the recipe file says of the model is laid over it.
+2. Compare every tensor by name, shape and dtype with what that model needs; all that is wrong is told at once, and
+           nothing is written.
+3. Write   a run folder at update 0, tensor by tensor; biases of the controller go where a checkpoint keeps them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.document import DataError
+from data_pipeline.manifest import read_manifest
+from data_pipeline.tokenizer import load_tokenizer
+from moepp_ds.config import ModelConfig, Recipe, RecipeError, load_recipe
+from moepp_ds.hf_folder import FolderError, HFFolder
+from moepp_ds.hf_names import Layout, bias_names, layout_of, model_section, parts, unused_tensors
+from moepp_ds.start import refuse_a_run, write_start
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""Old versions of transformers stored the rotary frequencies; they follow from rope_theta."""
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LINES = 40
+"""Tensors that an error names one by one."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What `import_folder` wrote: the checkpoint's folder, the recipe of the run, and what the user should know."""
+
+    folder: Path
+    recipe: Recipe
+    notices: list[str]
+
+
+def import_folder(path: Path, run_dir: Path, recipe_path: Path, overrides: Sequence[str] = ()) -> Imported:
+    """Write the run folder `run_dir` whose update 0 has the weights of the model folder `path`.
+
+    recipe_path, overrides: the run; its model section need only say what differs from config.json, such as tau.
+    Raises FolderError, RecipeError, DataError or CheckpointError, having written nothing that looks like a run.
+    """
+    refuse_a_run(run_dir)
+    folder = HFFolder(path)
+    layout, section = layout_of(folder.config), model_section(folder.config)
+    recipe = load_recipe(recipe_path, overrides, model=section)
+    tied = bool(folder.config.get("tie_word_embeddings"))
+    biased = _check(folder, recipe.model, layout, tied=tied)
+    notices = _notices(folder, recipe, layout, section, tied=tied, biased=biased)
+    routing = {"bias_LE": _biases(folder, recipe.model), "share_LE": None} if biased else None
+    identity = {
+        "folder": str(path),
+        "model_type": folder.config["model_type"],
+        "config_sha256": hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
+    }
+    origin = {"program": "import", "from": [identity]}
+    written = write_start(run_dir, recipe, _pieces(folder, recipe.model, tied=tied), origin=origin, routing=routing)
+    return Imported(written, recipe, notices)
+
+
+def _pieces(folder: HFFolder, model: ModelConfig, *, tied: bool) -> Iterator[tuple[str, int, Tensor]]:
+    for part in parts(model):
+        tensors = {name: folder.read(EMBEDDING if tied and name == HEAD else name) for name in part.tensors}
+        yield part.parameter, part.start, part.from_hf(tensors)
+
+
+def _biases(folder: HFFolder, model: ModelConfig) -> list[list[float]]:
+    return [folder.read(name).double().tolist() for name in bias_names(model)]
+
+
+def _check(folder: HFFolder, model: ModelConfig, layout: Layout, *, tied: bool) -> bool:
+    """Refuse a folder that does not hold just this model, naming all that is wrong; whether it has biases, too."""
+    biases = {name: (model.moe.num_experts,) for name in bias_names(model)}
+    biased = any(name in folder.shapes for name in biases)
+    needed = {name: shape for part in parts(model) for name, shape in part.tensors.items()}
+    needed |= biases if biased else {}
+    optional = dict(unused_tensors(model, layout))
+    if tied:
+        optional[HEAD] = needed.pop(HEAD)
+    known = {**needed, **optional}
+    found = {name: tuple(shape) for name, shape in folder.shapes.items() if not IGNORED.fullmatch(name)}
+    problems = [
+        *(f"missing: {name} {_shown(shape)}" for name, shape in needed.items() if name not in found),
+        *(f"extra: {name} {_shown(shape)}" for name, shape in found.items() if name not in known),
+        *(
+            f"of another shape: {name} is {_shown(shape)}, the model's is {_shown(known[name])}"
+            for name, shape in found.items()
+            if name in known and shape != known[name]
+        ),
+        *(
+            f"of another kind: {name} is {str(folder.dtypes[name]).removeprefix('torch.')}, and weights must be plain "
+            "floating point numbers"
+            for name in found
+            if name in known and folder.dtypes[name] not in FLOATS
+        ),
+    ]
+    if problems:
+        hint = "config.json and the model section of the recipe say what it should hold"
+        raise FolderError("\n  ".join([f"{folder.path} does not hold this model; {hint}:", *_shortened(problems)]))
+    return biased
+
+
+def _shown(shape: Iterable[int]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    return lines[:LINES] + ([f"and {len(lines) - LINES} more"] if len(lines) > LINES else [])
+
+
+def _notices(
+    folder: HFFolder, recipe: Recipe, layout: Layout, section: Mapping[str, Any], *, tied: bool, biased: bool
+) -> list[str]:
+    """What was not taken as it is."""
+    changed = _laid_over(recipe, section)
+    notices = [f"{key}: {said} in the folder, {asked} in the recipe" for key, said, asked in changed]
+    unused = [name for name in unused_tensors(recipe.model, layout) if name in folder.shapes]
+    if unused:
+        notices.append(f"{', '.join(unused)} is left behind: no logits come before the first layer, so nothing uses it")
+    if tied:
+        notices.append("the head starts as a copy of the embedding, as config.json ties them; they train apart")
+    if recipe.model.moe.controller and not biased:
+        notices.append("the folder has no biases for the controller of the recipe; they start at 0")
+    if any(folder.dtypes[name] == torch.float64 for name in folder.dtypes):
+        notices.append("weights of float64 are rounded to fp32")
+    return notices + _compare_tokenizers(folder, recipe)
+
+
+def _laid_over(recipe: Recipe, section: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Keys of the folder's model section that the recipe gives another value, with both."""
+    told = ModelConfig.model_validate(section).model_dump(mode="json")
+    stack: list[tuple[str, Any, Any]] = [("model", told, recipe.model.model_dump(mode="json"))]
+    while stack:
+        name, one, other = stack.pop()
+        if isinstance(one, dict) and isinstance(other, dict):
+            stack += [(f"{name}.{key}", one.get(key), other.get(key)) for key in reversed(sorted({*one, *other}))]
+        elif one != other:
+            yield name, one, other
+
+
+def _compare_tokenizers(folder: HFFolder, recipe: Recipe) -> list[str]:
+    """Ids of another tokenizer mean nothing to an embedding; say so where that may be."""
+    try:
+        known = read_manifest(Path(recipe.data.path)).settings.tokenizer
+    except DataError:
+        return [f"data.path {recipe.data.path} holds no shards yet; make them with the tokenizer of {folder.path}"]
+    if known.vocab_size > recipe.model.vocab_size:
+        raise RecipeError(
+            f"the shards at {recipe.data.path} hold token ids up to {known.vocab_size - 1}, and the model has "
+            f"{recipe.model.vocab_size} (vocab_size in config.json); make them with the folder's own tokenizer"
+        )
+    for name in ("tokenizer.model", "tokenizer.json"):
+        try:
+            if load_tokenizer(folder.path / name, known.eos_token).fingerprint == known.fingerprint:
+                return []
+        except DataError:  # not there, or without that token: not the shards' tokenizer
+            continue
+    return [
+        f"no tokenizer of {folder.path} is, byte for byte, that of the shards at {recipe.data.path}; if it gives other "
+        "ids, the shards must be made anew with it"
+    ]

@@ -1,0 +1,160 @@
+"""A run as it goes on: what it is made of, where it is, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.loader import Loader
+from data_pipeline.stream import HeldOut, RowStream
+from moepp_ds.agreement import all_or_none
+from moepp_ds.checkpoint.live import save_checkpoint
+from moepp_ds.config import Recipe
+from moepp_ds.controller import RoutingState
+from moepp_ds.engine import Ranks
+from moepp_ds.evaluate import Score, score_lines
+from moepp_ds.model import expert_kinds
+from moepp_ds.monitor import RunFolder, layer_metrics, progress_line
+from moepp_ds.update import UpdateResult
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first update of this process to its last. `folder` is None on all but one rank."""
+
+    recipe: Recipe
+    ranks: Ranks
+    engine: Any
+    stream: RowStream
+    held_out: Mapping[str, HeldOut]
+    path: Path
+    folder: RunFolder | None
+
+    def say(self, line: str) -> None:
+        """Print and log, once for all ranks."""
+        if self.folder:
+            self.folder.say(line)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run is: updates done, what routing remembers of them, and whether some rank was asked to stop."""
+
+    step: int
+    routing: RoutingState
+    stop: bool = False
+
+
+def record(
+    run: Run, progress: Progress, result: UpdateResult, scores: Mapping[str, Score], *, seconds: float
+) -> None:
+    """Write one update's metrics, and print a line now and then."""
+    if run.folder is None:
+        return
+    recipe, step = run.recipe, progress.step
+    tokens, rows = recipe.train.batch_tokens, step * recipe.batch_rows
+    metrics: dict[str, Any] = {
+        "step": step,
+        "tokens": step * tokens,
+        "loss": result.loss,
+        "lm_loss": result.lm_loss,
+        "balance_loss": result.balance_loss,
+        "z_loss": result.z_loss,
+        "grad_norm": result.grad_norm,
+        "lr": recipe.learning_rate(step - 1),
+        "tokens_per_s": tokens / seconds,
+        "layers": layer_metrics(
+            result.statistics,
+            kinds=expert_kinds(recipe.model.moe),
+            tokens=tokens,
+            state=progress.routing,
+            gradient_ratio_L=result.gradient_ratio_L,
+        ),
+        "sampled_share": {name: drawn / rows for name, drawn in run.stream.mixture.drawn(rows).items()},
+    }
+    if scores:
+        metrics["validation"] = {source: asdict(score) for source, score in scores.items()}
+    run.folder.record(metrics)
+    if step % recipe.train.log_every == 0 or step == recipe.total_steps or progress.stop:
+        left = (recipe.total_steps - step) * seconds
+        run.say(progress_line(metrics, total_steps=recipe.total_steps, seconds_left=left))
+    if scores:
+        run.say("\n".join([f"held-out text after update {step}:", *score_lines(scores)]))
+
+
+def check_rows_drawn(run: Run, result: UpdateResult, step: int) -> None:
+    """Compare the rows that all ranks read of each source, as counted, with those the mixture plans for this update."""
+    before, after = (run.stream.mixture.drawn(at * run.recipe.batch_rows) for at in (step - 1, step))
+    drawn = dict(zip(run.stream.source_names, result.source_rows))
+    planned = {name: after[name] - before[name] for name in drawn}
+    if drawn != planned:
+        raise RuntimeError(f"update {step} read {drawn} rows of its sources, the mixture plans {planned}")
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "deepspeed", "moepp_ds")}
+
+
+def save(run: Run, progress: Progress, loader: Loader) -> None:
+    """Write a checkpoint of where the run is, its record on the disk first. Collective."""
+    recipe = run.recipe
+    facts = {
+        "tokens": progress.step * recipe.train.batch_tokens,
+        "recipe": recipe.model_dump(mode="json"),
+        "data": loader.state(),
+        "routing": progress.routing.facts(),
+        "versions": _versions(),
+    }
+    with all_or_none():
+        if run.folder:
+            run.folder.sync()
+    folder = save_checkpoint(
+        run.engine, run.path / "checkpoints", step=progress.step, facts=facts, keep=recipe.checkpoint.keep
+    )
+    if run.folder:
+        run.folder.set_status("running", step=progress.step)
+    run.say(f"saved {folder}")
+
+
+def open_folder(
+    recipe: Recipe, ds_config: Mapping[str, Any], path: Path, progress: Progress, engine: Any
+) -> RunFolder:
+    """The run folder with what the run was started with; the first rank's alone."""
+    folder = RunFolder(
+        path, tensorboard=recipe.monitor.tensorboard, resumed_step=progress.step, others=engine.monitor
+    )
+    folder.describe(recipe=recipe.dump(), ds_config=ds_config)
+    folder.set_status("running", step=progress.step)
+    return folder
+
+
+def announce(
+    run: Run, progress: Progress, checkpoint: Path | None, changes: Sequence[str], *, resume: str
+) -> None:
+    """Print what runs, the arithmetic of the run and where it begins."""
+    versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
+    run.say(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {versions}, {run.ranks.world} ranks")
+    for line in run.recipe.arithmetic(run.ranks.world):
+        run.say(line)
+    run.say(f"tokens drawn from {run.stream.mixture.describe()}")
+    unscored = [name for name in run.stream.source_names if name not in run.held_out]
+    if unscored:
+        run.say(f"no text is held out of {', '.join(unscored)}: it is not evaluated (moepp-data build --held-out)")
+    if checkpoint is None and resume == "auto":
+        run.say(f"no checkpoint in {run.path}: starting at update 1")
+    if checkpoint is not None:
+        run.say(f"resumed from {checkpoint} after update {progress.step}")
+    for change in changes:
+        run.say(f"resumed with another {change}")
+
+
+def finish(run: Run, progress: Progress) -> None:
+    """The completion marker: what a supervisor trusts rather than exit codes."""
+    state = "completed" if progress.step >= run.recipe.total_steps else "stopped"
+    if run.folder:
+        run.folder.set_status(state, step=progress.step)
+    run.say(f"{state} after update {progress.step}: {run.path}")

@@ -1,0 +1,75 @@
+"""A run folder whose first update starts from given weights: what importing and upcycling end with.
+
+    RUN/checkpoints/step-00000000/   the weights alone; a run that goes on from it has an optimizer that is new, and
+                                     reads its data from the beginning (`data` in the index is null)
+    RUN/checkpoints/latest           names it
+    RUN/recipe.yaml                  written last, so that no recipe is there without the weights it starts from
+
+The run is then started with `--resume auto`, on any layout:
+
+    bash launch/train.sh RUN/recipe.yaml --run-dir RUN --resume auto
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from data_pipeline.atomic import write_atomically
+from moepp_ds import __version__
+from moepp_ds.checkpoint.shapes import global_shapes
+from moepp_ds.checkpoint.writer import write_weights
+from moepp_ds.config import Recipe, RecipeError
+
+
+def write_start(
+    run_dir: Path,
+    recipe: Recipe,
+    pieces: Iterable[tuple[str, int, Tensor]],
+    *,
+    origin: Mapping[str, Any],
+    routing: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a run folder at update 0 from `pieces`, and return its checkpoint's folder.
+
+    pieces: (global parameter name, first element in the flattened parameter, tensor of any floating dtype and shape)
+    in any order, as `checkpoint.writer` takes them: a file's worth is in memory at a time.
+    origin: where the weights come from, in JSON values; it stays in the index.
+    routing: what the controller had come to, as `controller.RoutingState.facts` has it; None starts it anew.
+    Raises RecipeError where a run is already, CheckpointError where the pieces are not just the recipe's model or the
+    disk fails; then `run_dir` holds nothing that looks like a run.
+    """
+    refuse_a_run(run_dir)
+    checkpoints = run_dir / "checkpoints"
+    facts = {
+        "tokens": 0,
+        "recipe": recipe.model_dump(mode="json"),
+        "data": None,
+        "routing": None if routing is None else dict(routing),
+        "versions": {"torch": version("torch"), "moepp_ds": __version__},
+        "origin": dict(origin),
+    }
+    try:
+        folder = write_weights(checkpoints, pieces, shapes=global_shapes(recipe.model), step=0, facts=facts)
+    except BaseException:
+        for made in (checkpoints, run_dir):
+            with suppress(OSError):  # it was never made, or it holds something that is not ours
+                made.rmdir()
+        raise
+    write_atomically(run_dir / "recipe.yaml", recipe.dump().encode())
+    return folder
+
+
+def refuse_a_run(run_dir: Path) -> None:
+    """Raise RecipeError if a run is at `run_dir`; worth asking before long work."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RecipeError(f"{run_dir} is a file; name a folder for the run that does not exist yet")
+    for name in ("recipe.yaml", "metrics.jsonl", "checkpoints/latest", "checkpoints/step-*"):
+        found = next(run_dir.glob(name), None)
+        if found is not None:
+            raise RecipeError(f"{run_dir} already holds a run ({found.name}); name another folder, or remove it")
