@@ -63,7 +63,7 @@ def first_state(moe: MoEConfig, num_layers: int) -> RoutingState:
 
 
 def restored_state(facts: Mapping[str, Any] | None, moe: MoEConfig, num_layers: int) -> RoutingState:
-    """The state that a checkpoint holds; what it lacks starts as in a new run."""
+    """The state that a checkpoint holds; what it lacks starts as in a new run, what the recipe does not use is left."""
     state = first_state(moe, num_layers)
     if facts is None:
         return state
@@ -71,7 +71,10 @@ def restored_state(facts: Mapping[str, Any] | None, moe: MoEConfig, num_layers: 
         None if facts[key] is None else tuple(tuple(map(float, row)) for row in facts[key])
         for key in ("bias_LE", "share_LE")
     )
-    return RoutingState(bias_LE=bias_LE or state.bias_LE, share_LE=share_LE)
+    return RoutingState(
+        bias_LE=None if moe.controller is None else bias_LE or state.bias_LE,
+        share_LE=share_LE if moe.balance_scope == "global_batch" else None,
+    )
 
 
 def next_state(

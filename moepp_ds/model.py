@@ -11,7 +11,6 @@ MoE++ layer and the others a dense FFN of the same expert function; the router l
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from moepp_ds.attention import CausalSelfAttention, RMSNorm, document_layout
 from moepp_ds.config import ModelConfig, MoEConfig, expert_capacity
 from moepp_ds.controller import RoutingInputs
 from moepp_ds.experts import FFNExperts
+from moepp_ds.keyed import keyed_generator
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.losses import token_losses
 from moepp_ds.moe_layer import LayerSettings, MoELayer, MoEOutput
@@ -246,9 +246,7 @@ def initialize(model: nn.Module, *, seed: int, std: float) -> None:
         if name.endswith(("norm.weight", ".bias")):
             tensor.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
-        key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * std)
+        tensor.copy_(torch.randn(tensor.shape, generator=keyed_generator(f"{seed}/{name}")) * std)
 
 
 def _independent_pieces(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

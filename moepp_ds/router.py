@@ -14,13 +14,14 @@ chose equally many experts.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from moepp_ds.keyed import keyed_generator
 
 Combine = Literal["softmax", "renormalize_selected", "renormalize_computing"]
 
@@ -189,7 +190,6 @@ def jitter(
     num_rows, seq_len, width = shape_BSD
     noise_BSD = torch.empty(num_rows, seq_len, width, device=device)
     for number, row_SD in enumerate(noise_BSD):
-        key = hashlib.blake2b(f"jitter/{seed}/{first_row + number}/{layer}".encode(), digest_size=8).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+        generator = keyed_generator(f"jitter/{seed}/{first_row + number}/{layer}", device)
         row_SD.uniform_(1 - amount, 1 + amount, generator=generator)
     return noise_BSD.flatten(0, 1)

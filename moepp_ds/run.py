@@ -24,7 +24,10 @@ from moepp_ds.update import UpdateResult
 
 @dataclass(frozen=True)
 class Run:
-    """What stays the same from the first update of this process to its last. `folder` is None on all but one rank."""
+    """What stays the same from the first update of this process to its last.
+
+    folder: None on all but one rank. origin: where the first weights came from, if they were given.
+    """
 
     recipe: Recipe
     ranks: Ranks
@@ -33,6 +36,7 @@ class Run:
     held_out: Mapping[str, HeldOut]
     path: Path
     folder: RunFolder | None
+    origin: Mapping[str, Any] | None
 
     def say(self, line: str) -> None:
         """Print and log, once for all ranks."""
@@ -108,6 +112,7 @@ def save(run: Run, progress: Progress, loader: Loader) -> None:
         "data": loader.state(),
         "routing": progress.routing.facts(),
         "versions": _versions(),
+        "origin": run.origin,
     }
     with all_or_none():
         if run.folder:

@@ -196,33 +196,35 @@ def as_json(loaded: LoadedModel, plan: Sweep, points: Sequence[Measurement]) -> 
 
 def print_sweep(plan: Sweep, points: Sequence[Measurement], console: Console, *, sources: bool) -> None:
     """Loss against operations, a line for each setting; with `sources` also each source's loss and bits per byte."""
-    title = f"held-out text, {points[0].overall.tokens:,} tokens scored"
-    table = Table(title=title if plan.key is None else f"{title}, {plan.key} swept")
-    names = ["loss", "bits/byte", "FFN/token", "MFLOP/token", "of them FFN", "of first"]
-    for name in [_setting(plan), *names]:
-        table.add_column(name, justify="right")
+    console.print(f"held-out text, {points[0].overall.tokens:,} tokens scored; FFN experts and MFLOP are per token")
+    table = _table(plan, [], ["loss", "bits/byte", "FFN experts", "MFLOP", "in experts", "of first"])
     for point in points:
-        score = point.overall
-        numbers = [f"{score.loss:.4f}", f"{score.bits_per_byte:.4f}", f"{point.ffn_experts:.3f}"]
-        numbers += [f"{point.flops / 1e6:.3f}", f"{point.ffn_expert_flops / 1e6:.3f}"]
-        table.add_row(point.value or "", *numbers, f"{point.flops / points[0].flops:.1%}")
+        numbers = [f"{point.ffn_experts:.3f}", f"{point.flops / 1e6:.3f}", f"{point.ffn_expert_flops / 1e6:.3f}"]
+        table.add_row(*_value(point), *_score(point.overall), *numbers, f"{point.flops / points[0].flops:.1%}")
     console.print(table)
-    if sources:
-        console.print(_source_table(plan, points))
-
-
-def _source_table(plan: Sweep, points: Sequence[Measurement]) -> Table:
-    table = Table(title="by source")
-    for name in ("source", _setting(plan), "loss", "bits/byte", "tokens"):
-        table.add_column(name, justify="left" if name == "source" else "right")
+    if not sources:
+        return
+    table = _table(plan, ["source"], ["loss", "bits/byte", "tokens"])
     for source in points[0].sources:
         for point in points:
             score = point.sources[source]
-            numbers = (f"{score.loss:.4f}", f"{score.bits_per_byte:.4f}", f"{score.tokens:,}")
-            table.add_row(source, point.value or "", *numbers)
+            table.add_row(source, *_value(point), *_score(score), f"{score.tokens:,}")
+    console.print(table)
+
+
+def _table(plan: Sweep, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """With a column for the values of the swept key, headed by its last part, where one is swept."""
+    table = Table()
+    for name in words:
+        table.add_column(name)
+    for name in [*([] if plan.key is None else [plan.key.rpartition(".")[2]]), *numbers]:
+        table.add_column(name, justify="right")
     return table
 
 
-def _setting(plan: Sweep) -> str:
-    """The swept key's last part; nothing where none is swept."""
-    return (plan.key or "").rpartition(".")[2]
+def _value(point: Measurement) -> list[str]:
+    return [] if point.value is None else [point.value]
+
+
+def _score(score: Score) -> list[str]:
+    return [f"{score.loss:.4f}", f"{score.bits_per_byte:.4f}"]

@@ -69,7 +69,8 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
     progress = Progress(index["step"] if index else 0, routing)
     with all_or_none():
         folder = open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
-    run = Run(recipe, ranks, engine, stream, held_out, path, folder)
+    origin = index.get("origin") if index else None
+    run = Run(recipe, ranks, engine, stream, held_out, path, folder, origin)
     try:
         announce(run, progress, checkpoint, changes, resume=resume)
         progress = _loop(run, progress, data_state=index["data"] if index else None, stop=stop)

@@ -42,11 +42,11 @@ class Oracle:
         previous_TE: Tensor | None,
         routes: Routes | None = None,
         *,
+        told: Mapping[str, Tensor | None] | None = None,
         dropless: bool | None = None,
-        **told: Tensor | None,
     ) -> ReferenceOutput:
-        """As the layer is called, with `told` (bias_E, share_E, noise_TD) in any float type."""
-        weights, wide = self._weights(), {name: None if t is None else t.double() for name, t in told.items()}
+        """As the layer is called; told: bias_E, share_E, noise_TD, in any float type."""
+        weights, wide = self._weights(), {name: t if t is None else t.double() for name, t in (told or {}).items()}
         if weights.residual_EE is None:
             previous_TE = None  # what the layer ignores, the oracle refuses
         return reference_layer(x_TD, previous_TE, weights, self._settings(dropless), routes, **wide)

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,30 @@ def test_memory_of_the_giver_is_its_own_again(tmp_path: Path) -> None:
 
     reader = WeightReader(write(tmp_path, from_one_buffer()))
     assert torch.equal(reader.read("b.experts.down_EFD"), B.flatten().float())
+
+
+STREAMED = """
+import resource, sys, torch
+from pathlib import Path
+from moepp_ds.checkpoint.weights import WeightReader
+from moepp_ds.checkpoint.writer import write_weights
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+pieces = (("w", start, torch.full((2**20,), float(start))) for start in range(0, 2**26, 2**20))
+before = peak()
+folder = write_weights(Path(sys.argv[1]), pieces, shapes={"w": [2**26]}, step=0, facts={}, file_bytes=2**24)
+assert WeightReader(folder).read("w", 2**25 - 1, 2**25 + 1).tolist() == [2**25 - 2**20, 2**25]
+print(peak() - before)
+"""
+
+
+def test_the_whole_is_never_in_memory(tmp_path: Path) -> None:
+    """256 MiB in files of 16: neither writing nor reading a part of it takes more than a few files' worth."""
+    command = [sys.executable, "-c", STREAMED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100 * 2**20
+    assert len(list((tmp_path / "step-00000000").glob("part-*"))) == 16
+    shutil.rmtree(tmp_path)  # pytest would keep it
 
 
 def test_shapes_and_strides_do_not_matter(tmp_path: Path) -> None:

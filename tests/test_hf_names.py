@@ -207,6 +207,21 @@ def test_all_of_it_is_told_at_once() -> None:
     assert len(str(caught.value).splitlines()) == 4
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_experts": "eight"},
+        {"num_experts": [None]},
+        {"moe_use_logits_norm": True, "moe_gate_norm_std": "wide"},
+        {"rope_scaling": "default"},
+        {"model_type": "moepp_ds", "moe": 3},
+    ],
+)
+def test_values_of_the_wrong_kind(change: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="config.json is damaged: a value is of the wrong kind|unequal expert counts"):
+        model_section({**RELEASED, **change})
+
+
 def test_missing_keys_and_other_models() -> None:
     lacking = copy.copy(RELEASED)
     del lacking["hidden_size"]

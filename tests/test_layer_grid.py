@@ -93,7 +93,7 @@ def test_layer_is_the_oracle(number: int) -> None:
     layer = layer_of(case, number)
     oracle = Oracle(layer, case.config)
     out = layer(case.x_TD, case.previous_TE, recompute=case.recompute, **case.told)
-    expected = oracle(case.x_TD, case.previous_TE, **case.told)
+    expected = oracle(case.x_TD, case.previous_TE, told=case.told)
     assert routes_of(out.routing, out.plan) == [list(choices) for choices in expected.routes]
     assert counts_of(out) == counts_of(expected)
     values = values_of(out)
@@ -145,7 +145,7 @@ def test_fast_paths_are_the_oracle_on_their_routes(
         outs.append((out, gradients(loss_of(case, out), leaves_of(case, dict(layer.named_parameters())))))
     oracle, wide = Oracle(layer, case.config), widened(case)
     routes = routes_of(outs[0][0].routing, outs[0][0].plan)
-    expected = oracle(wide.x_TD, wide.previous_TE, routes, **wide.told)
+    expected = oracle(wide.x_TD, wide.previous_TE, routes, told=wide.told)
     expected_grads = gradients(loss_of(wide, expected), leaves_of(wide, oracle.leaves))
     for backend, (out, grads) in zip(BACKENDS, outs):
         assert out.output_TD.dtype == dtype and out.logits_TE.dtype == torch.float32

@@ -118,33 +118,39 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
 def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
     """The `model` section of a recipe that a config.json says; RecipeError lists all that a recipe cannot say."""
     layout = layout_of(config)
-    problems = _unsayable(config) + (_unsayable_released(config) if layout == "released" else [])
-    if problems:
-        raise RecipeError("\n  ".join(["config.json says what moepp_ds does not compute:", *problems]))
     try:
-        section = {
-            "vocab_size": config["vocab_size"],
-            "num_layers": config["num_hidden_layers"],
-            "hidden_size": config["hidden_size"],
-            "num_heads": config["num_attention_heads"],
-            "num_kv_heads": config.get("num_key_value_heads"),
-            "head_dim": config.get("head_dim"),
-            "ffn_hidden_size": config["intermediate_size"],
-            "norm_eps": config.get("rms_norm_eps", 1e-6),
-            "rope_theta": _rope(config).get("rope_theta") or config.get("rope_theta", 10000.0),
-            "init_std": config.get("initializer_range", 0.02),
-        }
-        if layout == "released":
-            return {**section, "moe": _released_moe(config)}
-        return {
-            **section,
-            "qkv_bias": config.get("attention_bias", False),
-            "qk_norm": config.get("qk_norm", "none"),
-            "document_attention": config.get("document_attention", False),
-            "moe": dict(config["moe"]),
-        }
+        problems = _unsayable(config) + (_unsayable_released(config) if layout == "released" else [])
+        if not problems:
+            return _section(config, layout)
     except KeyError as error:
         raise RecipeError(f"config.json lacks the key {error}; fetch the folder again") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RecipeError(f"config.json is damaged: a value is of the wrong kind ({error}); fetch it again") from error
+    raise RecipeError("\n  ".join(["config.json says what moepp_ds does not compute:", *problems]))
+
+
+def _section(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    section = {
+        "vocab_size": config["vocab_size"],
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "num_heads": config["num_attention_heads"],
+        "num_kv_heads": config.get("num_key_value_heads"),
+        "head_dim": config.get("head_dim"),
+        "ffn_hidden_size": config["intermediate_size"],
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_theta": _rope(config).get("rope_theta") or config.get("rope_theta", 10000.0),
+        "init_std": config.get("initializer_range", 0.02),
+    }
+    if layout == "released":
+        return {**section, "moe": _released_moe(config)}
+    return {
+        **section,
+        "qkv_bias": config.get("attention_bias", False),
+        "qk_norm": config.get("qk_norm", "none"),
+        "document_attention": config.get("document_attention", False),
+        "moe": dict(config["moe"]),
+    }
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:

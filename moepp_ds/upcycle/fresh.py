@@ -25,12 +25,11 @@ Random numbers are keyed by (seed, parameter name) in the way of `initialize`.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from moepp_ds.config import ModelConfig
+from moepp_ds.keyed import keyed_generator
 
 ROW_NOISE = 0.01
 """Noise on the rows of zero-computation experts, over the spread of the FFN rows about their mean. Ratio."""
@@ -38,9 +37,7 @@ ROW_NOISE = 0.01
 
 def normal(shape: list[int], key: str, *, seed: int) -> Tensor:
     """Standard normal fp32 numbers that depend on (seed, key) alone."""
-    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=keyed_generator(f"{seed}/{key}"))
 
 
 def complete_router(name: str, shape: list[int], rows_MX: Tensor, *, seed: int) -> Tensor:

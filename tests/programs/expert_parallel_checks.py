@@ -262,7 +262,9 @@ def model() -> MoEPlusPlusModel:
     def factory(*args: Any, **kwargs: Any) -> MoELayer:
         return ExpertParallelMoE(*args, **kwargs, expert_parallel=WORLD)
 
-    return MoEPlusPlusModel(tiny.recipe(expert_parallel=WORLD).model, eos_id=0, layer_factory=factory)
+    shared = ("model.moe.num_shared_experts=1", "model.moe.shared_expert_gate=true")
+    recipe = tiny.recipe(*shared, expert_parallel=WORLD)
+    return MoEPlusPlusModel(recipe.model, eos_id=0, layer_factory=factory)
 
 
 def experts_are_marked_and_nothing_else() -> None:
@@ -272,7 +274,7 @@ def experts_are_marked_and_nothing_else() -> None:
             marks = vars(parameter)
             assert (marks["allreduce"], marks["group_name"]) == (False, "ep_size_2"), name
             marked.add(name)
-    # the dense FFNs of blocks 0 and 2 are of the same class, and ordinary parameters
+    # the dense FFNs of blocks 0 and 2 and the shared experts are of the same class, and ordinary parameters
     weights = ("gate_up_EDG", "down_EFD")
     assert marked == {f"blocks.{block}.moe.experts.{weight}" for block in (1, 3) for weight in weights}
 
@@ -289,7 +291,7 @@ def parameter_groups_partition_the_model() -> None:
     assert found["no_decay", False, 0.0] == {
         "norm.weight",
         *(f"blocks.{block}.{norm}.weight" for block in range(4) for norm in ("attention_norm", "ffn_norm")),
-        *(f"blocks.{block}.moe.constants.value_JD" for block in (1, 3)),
+        *(f"blocks.{block}.moe.{vector}" for block in (1, 3) for vector in ("constants.value_JD", "shared_gate_D")),
     }
     assert {name.split(".")[-2] for name in found["ep_size_2", True, 0.25]} == {"experts"}
     assert set().union(*found.values()) == set(names.values())
