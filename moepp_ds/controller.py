@@ -71,6 +71,12 @@ def restored_state(facts: Mapping[str, Any] | None, moe: MoEConfig, num_layers: 
         None if facts[key] is None else tuple(tuple(map(float, row)) for row in facts[key])
         for key in ("bias_LE", "share_LE")
     )
+    for key, numbers in (("bias_LE", bias_LE), ("share_LE", share_LE)):
+        if numbers is not None and [len(row) for row in numbers] != [moe.num_experts] * num_layers:
+            raise ValueError(
+                f"{key} of the checkpoint has {[len(row) for row in numbers]} numbers by layer, the model has "
+                f"{num_layers} MoE layers of {moe.num_experts} experts; its index is damaged, use another checkpoint"
+            )
     return RoutingState(
         bias_LE=None if moe.controller is None else bias_LE or state.bias_LE,
         share_LE=share_LE if moe.balance_scope == "global_batch" else None,

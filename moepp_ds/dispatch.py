@@ -58,7 +58,7 @@ def plan_dispatch(
     if capacity_E is None:
         kept_E, kept_N = wanted_E, torch.ones_like(expert_N, dtype=torch.bool)
     else:
-        seats_E = torch.as_tensor(capacity_E, device=expert_N.device)
+        seats_E = torch.tensor(capacity_E).to(expert_N.device, non_blocking=True)  # a plain copy waits for the GPU
         kept_E = torch.minimum(wanted_E, seats_E)
         keys: list[Tensor] = []  # what an expert sorts its wishes by, the last first
         if drop_policy != "position":

@@ -1,8 +1,8 @@
 """How strongly the balance loss pulls at each router, beside everything else.
 
 Of layer l, the ratio of two norms at the logits that its router made: of the gradient of its own weighted balance loss,
-and of the rest of the gradient of the whole loss, nearly all of it the language model's. Above 1 the router serves
-balance rather than prediction.
+and of the rest of the gradient of the whole loss: the language model's, the z-loss's, and what the balance losses of
+later layers send back through the gating residual. Above 1 the router serves balance rather than prediction.
 """
 
 from __future__ import annotations

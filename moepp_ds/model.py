@@ -25,7 +25,7 @@ from moepp_ds.experts import FFNExperts
 from moepp_ds.keyed import keyed_generator
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.losses import token_losses
-from moepp_ds.moe_layer import LayerSettings, MoELayer, MoEOutput
+from moepp_ds.moe_layer import LayerSettings, MoELayer, MoEReport
 from moepp_ds.router import RouterSettings, jitter
 from moepp_ds.statistics import RoutingStatistics, stack
 
@@ -37,7 +37,7 @@ class ModelOutput:
     """What one micro batch gives. L counts MoE layers.
 
     loss = lm_loss + balance_weight * balance_loss + z_loss_weight * z_loss; all scalars in fp32, lm_loss in nats per
-    token, the other two summed over layers. statistics: of all MoE layers. layers: what each of them returned.
+    token, the other two summed over layers. statistics: of all MoE layers. layers: what each of them reports.
     Only loss and layers hold on to the graph.
     """
 
@@ -46,7 +46,7 @@ class ModelOutput:
     balance_loss: Tensor
     z_loss: Tensor
     statistics: RoutingStatistics
-    layers: tuple[MoEOutput, ...]
+    layers: tuple[MoEReport, ...]
 
 
 class Block(nn.Module):
@@ -77,8 +77,8 @@ class Block(nn.Module):
         document_BS: Tensor | None,
         logits_TE: Tensor | None,
         told: Mapping[str, Tensor | None],
-    ) -> tuple[Tensor, MoEOutput | None]:
-        """Return the new hidden state and, of a MoE block, what its layer returned beside it.
+    ) -> tuple[Tensor, MoEReport | None]:
+        """Return the new hidden state and, of a MoE block, what its layer reports.
 
         logits_TE: of the MoE layer before. told: what a MoE layer is told beside its input (bias_E, share_E, noise_TD).
         """
@@ -86,7 +86,7 @@ class Block(nn.Module):
         x_TD = self.ffn_norm(h_BSD).flatten(0, 1)
         if self.moe is not None:
             out = self.moe(x_TD, logits_TE, recompute=self.recompute, **told)
-            return h_BSD + out.output_TD.view_as(h_BSD), out
+            return h_BSD + out.output_TD.view_as(h_BSD), out.report()
         assert self.ffn is not None
         return h_BSD + self._maybe_recompute(self.ffn, x_TD, (len(x_TD),)).view_as(h_BSD), None
 
@@ -155,19 +155,19 @@ class MoEPlusPlusModel(nn.Module):
         targets_BS = tokens_BS1[:, 1:]
         return token_losses(h_BSD.flatten(0, 1), self.head.weight, targets_BS.flatten()).view_as(targets_BS)
 
-    def hidden(self, tokens_BS: Tensor, routing: RoutingInputs | None = None) -> tuple[Tensor, list[MoEOutput]]:
-        """The normalised last hidden state [B, S, D] and what every MoE layer returned."""
+    def hidden(self, tokens_BS: Tensor, routing: RoutingInputs | None = None) -> tuple[Tensor, list[MoEReport]]:
+        """The normalised last hidden state [B, S, D] and what every MoE layer reports."""
         routing = routing or RoutingInputs()
         positions_BS = document_BS = None
         if self.config.document_attention:
             positions_BS, document_BS = document_layout(tokens_BS, self.eos_id)
         h_BSD = self.embedding(tokens_BS)
-        layers: list[MoEOutput] = []
+        layers: list[MoEReport] = []
         for block in self.blocks:
             logits_TE = layers[-1].logits_TE if layers else None
             told = {} if block.moe is None else self._tell(len(layers), routing, h_BSD)
-            h_BSD, out = block(h_BSD, positions_BS, document_BS, logits_TE, told)
-            layers += [] if out is None else [out]
+            h_BSD, report = block(h_BSD, positions_BS, document_BS, logits_TE, told)
+            layers += [] if report is None else [report]
         return self.norm(h_BSD), layers
 
     def _tell(self, layer: int, routing: RoutingInputs, h_BSD: Tensor) -> dict[str, Tensor | None]:

@@ -6,7 +6,7 @@ XMoE's threshold router, AdaMoE's null experts and LongCat-Flash's budget are se
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, Protocol
 
 import torch
@@ -62,20 +62,30 @@ class LocalExchange:
 
 
 @dataclass(frozen=True)
-class MoEOutput:
-    """What a layer returns; nothing is stored in it.
+class MoEReport:
+    """What a layer returns beside its output; nothing is stored in the layer.
 
-    output_TD: in the dtype of x. logits_TE: fp32, for the next layer's gating residual. balance_loss, z_loss: scalars,
-    not yet weighted. statistics: sums over the tokens. routing, plan: who went where.
+    logits_TE: fp32, for the next layer's gating residual. balance_loss, z_loss: scalars, not yet weighted.
+    statistics: sums over the tokens. routing, plan: who went where.
     """
 
-    output_TD: Tensor
     logits_TE: Tensor
     balance_loss: Tensor
     z_loss: Tensor
     statistics: RoutingStatistics
     routing: Routing
     plan: DispatchPlan
+
+
+@dataclass(frozen=True)
+class MoEOutput(MoEReport):
+    """All that a layer returns. output_TD: in the dtype of x."""
+
+    output_TD: Tensor
+
+    def report(self) -> MoEReport:
+        """The rest: who keeps this until the backward pass does not keep an activation as wide as the model with it."""
+        return MoEReport(**{field.name: getattr(self, field.name) for field in fields(MoEReport)})
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,11 @@ class MoELayer(nn.Module):
             output_TD = checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
         else:
             output_TD = self.compute(*inputs)
-        loss, normalized = self._balance(routing, plan, share_E)
+        first_E = first_choices(routing, self.kinds.total)
+        if share_E is None:
+            count_E = plan.wanted_E if self.settings.balance_counts == "all" else first_E
+            share_E = count_E.to(routing.probability_TE.dtype) / len(x_TD)
+        loss, normalized = self._balance(routing.probability_TE, share_E)
         top_k = self.settings.router.top_k
         return MoEOutput(
             output_TD=output_TD,
@@ -179,6 +193,7 @@ class MoELayer(nn.Module):
             statistics=routing_statistics(
                 routing,
                 plan,
+                first_E,
                 kinds=self.kinds,
                 most_ffn=min(top_k or self.kinds.num_ffn, self.kinds.num_ffn),
                 balance=normalized,
@@ -223,22 +238,13 @@ class MoELayer(nn.Module):
             return output_TD
         return torch.sigmoid(linear(x_TD, self.shared_gate_D.unsqueeze(0))) * output_TD
 
-    def _balance(self, routing: Routing, plan: DispatchPlan, share_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _balance(self, probability_TE: Tensor, share_E: Tensor) -> tuple[Tensor, Tensor]:
         """The balance loss, and beside its perfect value; where no loss is wanted the latter is eq 7's."""
-        settings = self.settings
-        if share_E is None:
-            count_E = plan.wanted_E if settings.balance_counts == "all" else first_choices(routing, self.kinds.total)
-            share_E = count_E.to(routing.probability_TE.dtype) / len(routing.probability_TE)
+        kinds, tau = self.kinds, self.settings.tau
 
         def value(balance: Balance) -> Tensor:
-            return balance_loss(
-                probability_TE=routing.probability_TE,
-                share_E=share_E,
-                kinds=self.kinds,
-                tau=settings.tau,
-                balance=balance,
-            )
+            return balance_loss(probability_TE=probability_TE, share_E=share_E, kinds=kinds, tau=tau, balance=balance)
 
-        loss = value(settings.balance)
-        shown = value("per_expert") if settings.balance == "none" else loss
-        return loss, normalized_balance(shown.detach(), share_E=share_E, kinds=self.kinds, tau=settings.tau)
+        loss = value(self.settings.balance)
+        shown = value("per_expert") if self.settings.balance == "none" else loss
+        return loss, normalized_balance(shown.detach(), share_E=share_E, kinds=kinds, tau=tau)

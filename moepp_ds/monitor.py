@@ -41,7 +41,8 @@ def layer_metrics(
     tokens that 0, 1, 2, ... FFN experts computed. dropped: share of all assignments that found no seat, dropped_share:
     of each kind's. ffn_load: assignments kept by each FFN expert, 1.0 being the mean over FFN experts. balance: the
     balance loss over its value at perfect balance. entropy: of the router's scores in nats; top_1, top_2: mean highest
-    and second highest score. bias: the controller's, of each FFN expert. gradient_ratio: see moepp_ds.gradient_ratio.
+    and second highest score. bias: the controller's, of each FFN expert. gradient_ratio: how
+    hard the balance loss pulls at the router's logits, beside everything else (see moepp_ds.gradient_ratio).
     """
     records = []
     for layer in range(len(statistics.balance)):

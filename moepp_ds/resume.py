@@ -9,6 +9,7 @@ from typing import Any
 from moepp_ds.agreement import all_or_none, gather
 from moepp_ds.checkpoint.files import find_checkpoint
 from moepp_ds.config import Recipe, RecipeError
+from moepp_ds.config.stored import stored_recipe
 from moepp_ds.engine import Ranks
 
 FIXED_AT_RESUME = ("train.batch_tokens", "train.micro_batch_size")
@@ -55,7 +56,8 @@ def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
     order of rows the loader's `check_position` does the same.
     """
     # Read as a recipe, so that a key that is newer than the checkpoint has the default it had then.
-    stored, asked = (_flatten(one.model_dump(mode="json")) for one in (Recipe.model_validate(index["recipe"]), recipe))
+    began = stored_recipe(index["recipe"], place="the recipe in the checkpoint")
+    stored, asked = (_flatten(one.model_dump(mode="json")) for one in (began, recipe))
     changes = {
         key: f"{key}: {stored.get(key)} then, {asked.get(key)} now"
         for key in sorted(stored.keys() | asked.keys())

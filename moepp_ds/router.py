@@ -107,8 +107,15 @@ class Router(nn.Module):
         preference_TE = scored_TE if bias_E is None else probability_TE + bias_E
         expert_TM, taken_TM = self._choose(preference_TE.detach(), probability_TE.detach())
         gate_TM = self._weigh(scored_TE, probability_TE, expert_TM, taken_TM)
-        token_N, rank_N = _places(expert_TM, taken_TM)
-        expert_N = expert_TM[token_N, rank_N]
+        token_T, rank_M = (torch.arange(n, device=x_TD.device) for n in expert_TM.shape)
+        token_N, expert_N, rank_N, gate_N, probability_N = _listed(
+            taken_TM,
+            token_T.unsqueeze(-1).expand_as(expert_TM),
+            expert_TM,
+            rank_M.expand_as(expert_TM),
+            gate_TM,
+            probability_TE.detach().gather(-1, expert_TM),
+        )
         return Routing(
             logits_TE=logits_TE,
             scored_TE=scored_TE,
@@ -116,8 +123,8 @@ class Router(nn.Module):
             token_N=token_N,
             expert_N=expert_N,
             rank_N=rank_N,
-            gate_N=gate_TM.flatten() if taken_TM is None else gate_TM[token_N, rank_N],
-            probability_N=probability_TE.detach()[token_N, expert_N],
+            gate_N=gate_N,
+            probability_N=probability_N,
         )
 
     def _logits(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> Tensor:
@@ -168,15 +175,13 @@ class Router(nn.Module):
         return gate_TM if settings.combine_scale == 1 else gate_TM * settings.combine_scale
 
 
-def _places(expert_TM: Tensor, taken_TM: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Token and rank of every assignment, ordered by token and then by rank."""
-    if taken_TM is not None:
-        token_N, rank_N = taken_TM.nonzero(as_tuple=True)
-        return token_N, rank_N
-    num_tokens, num_choices = expert_TM.shape
-    token_T = torch.arange(num_tokens, device=expert_TM.device)
-    rank_K = torch.arange(num_choices, device=expert_TM.device)
-    return token_T.repeat_interleave(num_choices), rank_K.repeat(num_tokens)
+def _listed(taken_TM: Tensor | None, *values_TM: Tensor) -> list[Tensor]:
+    """Of each tensor the entries that are taken, token by token and best first; all of them if `taken_TM` is None."""
+    if taken_TM is None:
+        return [value_TM.flatten() for value_TM in values_TM]
+    # index_select, not a mask or two indices: their backward pass sorts on a GPU.
+    place_N = taken_TM.flatten().nonzero().squeeze(-1)
+    return [value_TM.flatten().index_select(0, place_N) for value_TM in values_TM]
 
 
 def jitter(

@@ -38,9 +38,9 @@ class RoutingStatistics:
 
 @torch.no_grad()
 def routing_statistics(
-    routing: Routing, plan: DispatchPlan, *, kinds: ExpertKinds, most_ffn: int, balance: Tensor
+    routing: Routing, plan: DispatchPlan, first_E: Tensor, *, kinds: ExpertKinds, most_ffn: int, balance: Tensor
 ) -> RoutingStatistics:
-    """Count one layer's routing of T tokens. most_ffn: the most FFN experts a token can have."""
+    """Count one layer's routing of T tokens. first_E: of `first_choices`. most_ffn: the most a token can have."""
     probability_TE = routing.probability_TE
     num_tokens = len(probability_TE)
     ffn_T = count_by(routing.token_N[plan.order_R], num_tokens)
@@ -48,7 +48,7 @@ def routing_statistics(
     return RoutingStatistics(
         wanted_E=plan.wanted_E,
         kept_E=plan.kept_E,
-        first_E=first_choices(routing, kinds.total),
+        first_E=first_E,
         histogram_H=count_by(ffn_T, most_ffn + 1),
         entropy=torch.special.entr(probability_TE).sum(),
         top_1=highest_T2[:, 0].sum(),

@@ -26,7 +26,7 @@ from moepp_ds.config import RecipeError, expert_capacity
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.load import LoadedModel
 from moepp_ds.model import expert_kinds
-from moepp_ds.moe_layer import MoELayer, MoEOutput
+from moepp_ds.moe_layer import MoELayer, MoEReport
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,18 @@ def trace_text(loaded: LoadedModel, text: str, *, seats: bool = False) -> Trace:
     layers = [module for module in loaded.model.modules() if isinstance(module, MoELayer)]
     for layer in layers:
         layer.train(seats)  # seats are for training; of the layers alone, so that nothing is jittered
-    _, outputs = loaded.model.hidden(torch.tensor([ids], device=loaded.device), loaded.routing)
+    _, reports = loaded.model.hidden(torch.tensor([ids], device=loaded.device), loaded.routing)
     loaded.model.eval()
     blocks = [i for i in range(loaded.recipe.model.num_layers) if loaded.recipe.model.is_moe(i)]
     kinds = expert_kinds(moe)
-    traced = [_layer(block, out, kinds, len(ids)) for block, out in zip(blocks, outputs)]
+    traced = [_layer(block, report, kinds, len(ids)) for block, report in zip(blocks, reports)]
     return Trace(ids, token_pieces(loaded.tokenizer, ids), traced, kinds.num_ffn, capacity)
 
 
-def _layer(block: int, out: MoEOutput, kinds: ExpertKinds, tokens: int) -> LayerTrace:
-    routing, names, statistics = out.routing, expert_names(kinds), out.statistics
+def _layer(block: int, report: MoEReport, kinds: ExpertKinds, tokens: int) -> LayerTrace:
+    routing, names, statistics = report.routing, expert_names(kinds), report.statistics
     choices: list[list[Choice]] = [[] for _ in range(tokens)]
-    columns = (routing.token_N, routing.expert_N, routing.probability_N, routing.gate_N, out.plan.kept_N)
+    columns = (routing.token_N, routing.expert_N, routing.probability_N, routing.gate_N, report.plan.kept_N)
     for token, expert, probability, weight, kept in zip(*(column.tolist() for column in columns)):
         choices[token].append(Choice(expert, names[expert], probability, weight, kept))
     wanted, kept_E = statistics.wanted_E, statistics.kept_E

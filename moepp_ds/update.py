@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch
 from moepp_ds.agreement import gather
-from moepp_ds.controller import RoutingState
+from moepp_ds.controller import RoutingInputs, RoutingState
 from moepp_ds.engine import Ranks
 from moepp_ds.gradient_ratio import watch_routers
 from moepp_ds.model import ModelOutput
@@ -67,15 +67,18 @@ def update(
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
+    told = routing.inputs(seed=seed, first_row=0, device=ranks.device)
     outputs: list[ModelOutput] = []
     squares_L2: Tensor | None = None
     for batch in batches:
         if outputs:
             engine.step()  # between micro batches: DeepSpeed only counts it
-        output = _forward(engine, batch, ranks, routing, seed)
+        output = _forward(engine, batch, ranks, told)
         watched = watch_routers(output, engine.module.config.moe.balance_weight) if watch else None
         engine.backward(output.loss)
-        outputs.append(replace(output, loss=output.loss.detach(), layers=()))  # lets go of the graph
+        # By its own name too: else the graph's tensors live on through the next forward pass.
+        output = replace(output, loss=output.loss.detach(), layers=())
+        outputs.append(output)
         if watched is not None:
             squares_L2 = watched if squares_L2 is None else squares_L2 + watched
     source_rows = np.bincount(np.concatenate([batch.source_B for batch in batches]), minlength=num_sources)
@@ -87,7 +90,7 @@ def update(
         raise NonFiniteError(f"loss of update {number} is not finite: " + _name_rows(bad_M, batches))
     engine.step()
     if engine.optimizer.overflow and not engine.fp16_enabled():
-        bad_M = torch.stack([_has_bad_gradient(engine.module, batch, ranks, routing, seed) for batch in batches])
+        bad_M = torch.stack([_has_bad_gradient(engine.module, batch, ranks, told) for batch in batches])
         raise NonFiniteError(
             f"gradient of update {number} is not finite although every loss is: " + _name_rows(bad_M, batches)
         )
@@ -104,9 +107,9 @@ def update(
     )
 
 
-def _forward(model: Any, batch: Batch, ranks: Ranks, routing: RoutingState, seed: int) -> ModelOutput:
+def _forward(model: Any, batch: Batch, ranks: Ranks, told: RoutingInputs) -> ModelOutput:
     tokens_BS1 = torch.from_numpy(batch.tokens_BS1).to(ranks.device)
-    return model(tokens_BS1, routing.inputs(seed=seed, first_row=batch.row_start, device=ranks.device))
+    return model(tokens_BS1, replace(told, first_row=batch.row_start))
 
 
 @dataclass(frozen=True)
@@ -146,16 +149,14 @@ def _ratio(pull: float, rest: float) -> float:
     return math.sqrt(pull / rest) if rest else math.inf
 
 
-def _has_bad_gradient(
-    model: torch.nn.Module, batch: Batch, ranks: Ranks, routing: RoutingState, seed: int
-) -> Tensor:
+def _has_bad_gradient(model: torch.nn.Module, batch: Batch, ranks: Ranks, told: RoutingInputs) -> Tensor:
     """Whether this micro batch, alone, gives a gradient that is not finite: a bool scalar. Collective.
 
     Works the gradient out anew, past DeepSpeed, on weights that the skipped update left as they were. Gradients of FFN
     experts are left out: they also hold what the tokens of other ranks contributed.
     """
     replicated = [parameter for parameter in model.parameters() if getattr(parameter, "allreduce", True)]
-    output = _forward(model, batch, ranks, routing, seed)
+    output = _forward(model, batch, ranks, told)
     gradients = torch.autograd.grad(output.loss, replicated)
     return torch.stack([~gradient.isfinite().all() for gradient in gradients]).any()
 

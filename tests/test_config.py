@@ -270,7 +270,7 @@ def test_arithmetic_says_what_moves_the_load(recipe_file: Path) -> None:
     said = lines("balance=none", "controller={target_ffn_experts: 1.5, rule: sign, final_rate: 0}")
     # 18 seats of 4 experts for 64 tokens
     steering = "controller sign steers to 1.50 routed FFN experts per token, but there are seats for 1.12"
-    assert said[-3:-1] == ["no balance loss", f"{steering}; rate 0.1 -> 0"]
+    assert said[-3:-1] == ["no balance loss", f"{steering}; rate 0.001 -> 0"]
     assert said[1].endswith(" activated per token at 1.50 FFN experts per token")
     said = lines("controller={}", "dropless=true")
     assert said[-2] == "controller proportional steers to 1.00 routed FFN experts per token; rate 0.1 -> 0.01"

@@ -104,6 +104,22 @@ def test_choices_per_token(changes: dict[str, Any], choices: float) -> None:
     assert steered.mean_ffn_experts == 1.3
 
 
+@pytest.mark.parametrize(
+    "changes, rates",
+    [
+        ({}, (0.1, 0.01)),
+        ({"rule": "sign"}, (0.001, 0.001)),  # moves by all of its rate at every update: DeepSeek-V3's step
+        ({"rate": 0.5}, (0.5, 0.01)),
+        ({"rate": 0.004}, (0.004, 0.004)),
+        ({"rule": "sign", "rate": 0.02, "final_rate": 0.0}, (0.02, 0.0)),
+    ],
+)
+def test_rates_of_the_controller(changes: dict[str, Any], rates: tuple[float, float]) -> None:
+    for section in (changes, {"rate": None, "final_rate": None, **changes}):
+        controller = moe(controller=section).controller
+        assert controller is not None and (controller.rate, controller.final_rate) == rates
+
+
 def test_a_vanilla_moe_can_be_balanced_by_a_controller() -> None:
     config = moe(**VANILLA, controller={"rule": "sign"}, balance="none")
     assert config.mean_ffn_experts == 2.0

@@ -154,3 +154,16 @@ def test_forward_passes_are_told_in_fp32() -> None:
     assert told.bias_LE.dtype == told.share_LE.dtype == torch.float32
     nothing = RoutingState().inputs(seed=0, first_row=0, device=torch.device("cpu"))
     assert nothing.bias_LE is None and nothing.share_LE is None
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    facts = {"bias_LE": [[0.0] * 4] * 2, "share_LE": None}
+    assert restored_state(facts, moe_config(), 2).bias_LE == ((0.0,) * 4,) * 2
+    for num_layers, moe in ((3, moe_config()), (2, moe_config(num_zero=2))):
+        with pytest.raises(ValueError, match=r"bias_LE of the checkpoint has \[4, 4\] numbers by layer"):
+            restored_state(facts, moe, num_layers)
+
+
+def test_a_recipe_without_a_controller_leaves_its_biases() -> None:
+    facts = {"bias_LE": [[0.5] * 4], "share_LE": [[1.0] * 4]}
+    assert restored_state(facts, moe_config(controller=None), 1) == RoutingState()

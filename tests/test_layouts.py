@@ -50,12 +50,15 @@ def test_layouts_agree(launch_deepspeed: LaunchDeepspeed, tmp_path: Path, drople
 def test_layouts_agree_on_other_designs(launch_deepspeed: LaunchDeepspeed, tmp_path: Path, design: str) -> None:
     """So do the other routers, expert sets, losses and the controller: what they remember follows from all ranks."""
     layouts, moe = DESIGNS[design]
-    settings = [f"model.moe.{setting}" for setting in moe]
+    settings = [*(f"model.moe.{setting}" for setting in moe), "monitor.gradient_ratio_every=20"]
     runs = {
         (world, ep): finished(launch_deepspeed, tmp_path, f"{design}-{world}-{ep}", *settings, world=world, ep=ep)
         for world, ep in layouts
     }
     compare(design, runs)
+    assert max(layer["dropped"] for record in runs[1, 1] for layer in record["layers"]) > 0
+    ratios = [[layer["gradient_ratio"] for layer in run[-1]["layers"]] for run in runs.values()]
+    assert min(ratios[0]) > 0 and ratios == [pytest.approx(ratios[0], rel=1e-2)] * len(ratios)
     for layer in runs[1, 1][-1]["layers"]:
         assert ("bias" in layer) == (design == "budget")
     if design == "budget":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import fields
 from functools import partial
@@ -214,6 +215,17 @@ def test_loss_is_cross_entropy_plus_the_weighted_sums_of_the_layers_losses(name:
     parts = (out.lm_loss, out.balance_loss, out.z_loss)
     assert out.loss.requires_grad and not any(part.requires_grad for part in parts)
     assert (name == "budget") == (out.balance_loss == 0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_layers_output_outlives_the_sum_it_is_part_of(recompute: bool) -> None:
+    """An activation as wide as the model, in every layer, that no backward pass needs."""
+    model, alive = make_model(config(), recompute=recompute), []
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.register_forward_hook(lambda _, __, out: alive.append(weakref.ref(out.output_TD)))
+    out = model(random_rows())
+    assert [output() for output in alive] == [None, None] and len(out.layers) == 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)

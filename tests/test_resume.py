@@ -68,6 +68,7 @@ def test_what_may_change(tmp_path: Path) -> None:
         compare_runs(load_recipe(RECIPE, settings), index)
     assert str(refused.value) == (
         "the checkpoint is of another run; restore these in the recipe, or start a new run:\n"
+        "  model.head_dim: 16 then, 32 now\n"
         "  model.hidden_size: 32 then, 64 now\n"
         "  model.moe.tau: 0.75 then, 0.5 now\n"
         "  train.micro_batch_size: 4 then, 2 now"

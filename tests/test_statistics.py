@@ -60,7 +60,8 @@ def counted(*, seats: list[int] | None = None, most_ffn: int = 2) -> RoutingStat
         capacity_E=seats,
     )
     balance = tensor(1.25).requires_grad_()
-    return routing_statistics(made, plan, kinds=KINDS, most_ffn=most_ffn, balance=balance)
+    first_E = first_choices(made, KINDS.total)
+    return routing_statistics(made, plan, first_E, kinds=KINDS, most_ffn=most_ffn, balance=balance)
 
 
 def test_every_number_by_hand() -> None:
@@ -108,7 +109,8 @@ def test_one_expert_has_no_second_score() -> None:
         capacity_E=None,
     )
     kinds = ExpertKinds(1, 0, 0, 0)
-    found = routing_statistics(made, plan, kinds=kinds, most_ffn=1, balance=torch.tensor(1.0))
+    first_E = first_choices(made, kinds.total)
+    found = routing_statistics(made, plan, first_E, kinds=kinds, most_ffn=1, balance=torch.tensor(1.0))
     assert (found.top_1.item(), found.top_2.item(), found.entropy.item()) == (3.0, 0.0, 0.0)
     assert (found.histogram_H.tolist(), found.top_2.shape) == ([0, 3], torch.Size([]))
 

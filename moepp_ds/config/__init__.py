@@ -5,6 +5,7 @@
 * `derived` pure functions of the sections: capacity, parameters, FLOPs, batch layout, learning rate
 * `recipe`  the whole: sections together, the checks that need two of them, the arithmetic printed at start
 * `loading` YAML file and `--set a.b=c` to a Recipe, or one `RecipeError` that lists every problem
+* `stored`  the same for a recipe that a checkpoint holds
 
 Nothing here imports torch or deepspeed, so `moepp-data` and error messages stay fast.
 """

@@ -17,6 +17,9 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from moepp_ds.config.routing import ControllerConfig, RouterConfig
 from moepp_ds.config.section import Section
 
+SEAT_KEYS = ("capacity_factor", "capacity_counts", "min_capacity", "drop_policy")
+"""Settings of seats, which a dropless layer has none of."""
+
 
 class MoEConfig(Section):
     """The mixture-of-experts layers. A vanilla MoE has `num_zero`, `num_copy` and `num_constant` all 0."""
@@ -134,8 +137,8 @@ class MoEConfig(Section):
         return value
 
     @field_validator(
-        *("num_constant", "top_k", "combine", "expert_input_scale", "capacity_factor", "capacity_counts"),
-        *("min_capacity", "drop_policy", "balance_counts", "balance_weight"),
+        *("num_constant", "top_k", "combine", "expert_input_scale", "balance_counts", "balance_weight"),
+        *SEAT_KEYS,
         mode="before",
     )
     @classmethod
@@ -174,8 +177,7 @@ class MoEConfig(Section):
             yield "shared_expert_gate true has nothing to gate, since num_shared_experts is 0; set one of them"
 
     def _seat_problems(self) -> Iterator[str]:
-        settings = ("capacity_factor", "capacity_counts", "min_capacity", "drop_policy")
-        given = [f"{name} {getattr(self, name)}" for name in settings if getattr(self, name) is not None]
+        given = [f"{name} {getattr(self, name)}" for name in SEAT_KEYS if getattr(self, name) is not None]
         if self.dropless and given:
             yield (
                 f"dropless true has no seats, but {', '.join(given)} {'is' if len(given) == 1 else 'are'} given; set "

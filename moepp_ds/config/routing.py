@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from moepp_ds.config.section import Section
 
@@ -29,7 +29,8 @@ class RouterConfig(Section):
     which depends on seed, row and layer alone. Ratio."""
 
     z_loss_weight: float = Field(default=0.0, ge=0.0)
-    """Weight of the router z-loss, the mean square of log sum exp of a token's logits. Ratio."""
+    """Weight of the router z-loss, the mean square of log sum exp of a token's logits, as they enter the softmax.
+    Ratio."""
 
 
 class ControllerConfig(Section):
@@ -44,11 +45,23 @@ class ControllerConfig(Section):
     target_ffn_experts: float | None = Field(default=None, gt=0.0)
     """Mean routed FFN experts per token that is steered to; null is what tau implies. Experts per token."""
 
-    rate: float = Field(default=0.1, gt=0.0)
-    """Step of the biases after the first update (mu): probability, per unit of load for `proportional`."""
+    rate: float = Field(default=None, gt=0.0, validate_default=True)
+    """Step of the biases after the first update (mu): probability, per unit of load for `proportional`. Null gives 0.1,
+    and 0.001 with the rule `sign`, which moves by all of it every time."""
 
-    final_rate: float = Field(default=0.01, ge=0.0)
-    """Step of the biases after the last update, reached along a straight line. As rate."""
+    final_rate: float = Field(default=None, ge=0.0, validate_default=True)
+    """Step of the biases after the last update, reached along a straight line. As rate; null gives 0.01, or rate if
+    that is less."""
+
+    @field_validator("rate", mode="before")
+    @classmethod
+    def _rate_by_rule(cls, value: Any, info: ValidationInfo) -> Any:
+        return {"sign": 0.001}.get(info.data.get("rule", ""), 0.1) if value is None else value
+
+    @field_validator("final_rate", mode="before")
+    @classmethod
+    def _final_rate_by_rule(cls, value: Any, info: ValidationInfo) -> Any:
+        return min(0.01, info.data.get("rate", 0.01)) if value is None else value
 
     @model_validator(mode="after")
     def _rate_falls(self) -> ControllerConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moepp_ds.config.errors import RecipeError
 from moepp_ds.config.loading import check_recipe, lay_overrides
+from moepp_ds.config.moe import SEAT_KEYS
 from moepp_ds.config.recipe import Recipe
 
 
@@ -20,4 +21,7 @@ def stored_recipe(content: Any, overrides: Sequence[str] = (), *, place: str) ->
     if not isinstance(content, dict):
         raise RecipeError(f"{place}: it is {content!r} and no mapping of sections (model, data, train, ...)")
     raw = deepcopy(content)
+    moe = raw.get("model", {}).get("moe", {}) if isinstance(raw.get("model"), dict) else {}
+    if isinstance(moe, dict) and moe.get("dropless"):  # recipes of 2026-11 kept the seats they did not use
+        raw["model"]["moe"] = {key: value for key, value in moe.items() if key not in SEAT_KEYS}
     return check_recipe(raw, lay_overrides(raw, overrides), place=place)

@@ -20,7 +20,7 @@ class TrainConfig(Section):
     """
 
     seed: int = Field(default=0, ge=0)
-    """Seed of the initial weights; the order of the data has its own, data.seed."""
+    """Seed of the initial weights and of the routers' jitter; the order of the data has its own, data.seed."""
 
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer updates in the whole run. Steps."""
