@@ -16,7 +16,10 @@ from moepp_ds.report import print_report, report_run
 
 # Commands that load a model import it inside: the others answer at once.
 
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override a key: model.moe.tau=0.5; null gives the default"),
+]
 Checkpoint = Annotated[Path, typer.Argument(help="folder of a checkpoint, or of a run: its newest")]
 Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer file; default: that of the recipe's shards")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the result there, too, for scripts")]
@@ -27,7 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at MoE+
 @app.command()
 def recipe(
     path: Annotated[Path, typer.Argument(help="YAML file")],
-    world: Annotated[int | None, typer.Option(help="ranks; default: those that share experts")] = None,
+    world: Annotated[int | None, typer.Option(help="number of ranks; default: parallel.expert_parallel")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Check a recipe, print it with every default filled in, and print its arithmetic on WORLD ranks."""

@@ -197,7 +197,7 @@ def as_json(loaded: LoadedModel, plan: Sweep, points: Sequence[Measurement]) -> 
 def print_sweep(plan: Sweep, points: Sequence[Measurement], console: Console, *, sources: bool) -> None:
     """Loss against operations, a line for each setting; with `sources` also each source's loss and bits per byte."""
     console.print(f"held-out text, {points[0].overall.tokens:,} tokens scored; FFN experts and MFLOP are per token")
-    table = _table(plan, [], ["loss", "bits/byte", "FFN experts", "MFLOP", "in experts", "of first"])
+    table = _table(plan, [], ["loss", "bits/byte", "FFN experts", "MFLOP", "in FFN experts", "of row 1"])
     for point in points:
         numbers = [f"{point.ffn_experts:.3f}", f"{point.flops / 1e6:.3f}", f"{point.ffn_expert_flops / 1e6:.3f}"]
         table.add_row(*_value(point), *_score(point.overall), *numbers, f"{point.flops / points[0].flops:.1%}")

@@ -196,7 +196,9 @@ class Recipe(Section):
             return "dropless: every assignment is computed"
         seats = expert_capacity(self.model.moe, tokens)
         others = f", {seats.zero_computation:,} in a zero-computation expert"
+        moe = self.model.moe
+        mean = f", {moe.capacity_factor:g} a token on average" if moe.top_k is None else ""
         return (
-            f"{seats.ffn:,} seats in an FFN expert{others if self.model.moe.num_zero_computation else ''} "
-            f"for the {tokens:,} tokens of a micro batch"
+            f"{seats.ffn:,} seats in an FFN expert{others if moe.num_zero_computation else ''} "
+            f"for the {tokens:,} tokens of a micro batch{mean}"
         )
