@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -145,10 +147,7 @@ def upcycle(
     done = make_run(
         run_dir, recipe, folders, experts=experts, attention=attention, noise=noise, overrides=overrides or []
     )
-    for notice in done.notices:
-        typer.echo(f"note: {notice}", err=True)
-    typer.echo(f"{done.folder} holds the weights; go on with")
-    typer.echo(f"  bash launch/train.sh {run_dir}/recipe.yaml --run-dir {run_dir} --resume auto")
+    _print_start(done.folder, run_dir, done.notices)
 
 
 @app.command()
@@ -194,10 +193,15 @@ def import_(
     from moepp_ds.hf_import import import_folder
 
     done = import_folder(folder, run_dir, recipe, overrides or [])
-    for notice in done.notices:
+    _print_start(done.folder, run_dir, done.notices)
+
+
+def _print_start(folder: Path, run_dir: Path, notices: Sequence[str]) -> None:
+    for notice in notices:
         typer.echo(f"note: {notice}", err=True)
-    typer.echo(f"{done.folder} holds the weights; go on with")
-    typer.echo(f"  bash launch/train.sh {run_dir}/recipe.yaml --run-dir {run_dir} --resume auto")
+    typer.echo(f"{folder} holds the weights; go on with")
+    recipe, run = quote(f"{run_dir}/recipe.yaml"), quote(str(run_dir))
+    typer.echo(f"  bash launch/train.sh {recipe} --run-dir {run} --resume auto")
 
 
 def _check_place(file: Path | None) -> None:
@@ -219,7 +223,7 @@ def main() -> None:
     """Run the command; a user's mistake is one message and exit code 1, not a traceback."""
     try:
         app()
-    except (RecipeError, DataError, CheckpointError) as error:
+    except (RecipeError, DataError, CheckpointError, OSError) as error:  # the last: of a place, such as no permission
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 

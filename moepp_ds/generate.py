@@ -37,6 +37,8 @@ class Sampling:
             raise DataError(f"temperature {self.temperature:g} must be 0 (the most probable token) or a number above")
         if not 0 < self.top_p <= 1:
             raise DataError(f"top_p {self.top_p:g} must lie above 0 and be at most 1 (every token)")
+        if not 0 <= self.seed < 2**64:
+            raise DataError(f"seed {self.seed} must be a whole number from 0 to {2**64 - 1}")
 
 
 GREEDY = Sampling()
@@ -87,7 +89,8 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     logits_V = logits_V.to("cpu", torch.float64)
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    ranked_V, id_V = torch.softmax(logits_V / sampling.temperature, dim=-1).sort(descending=True, stable=True)
+    below_V = logits_V - logits_V.max()  # so that no temperature, however low, makes them infinite
+    ranked_V, id_V = torch.softmax(below_V / sampling.temperature, dim=-1).sort(descending=True, stable=True)
     before_V = ranked_V.cumsum(dim=-1) - ranked_V
     kept_V = ranked_V * (before_V < sampling.top_p)
     return int(id_V[torch.multinomial(kept_V, 1, generator=generator)])

@@ -12,6 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.tokenizer import load_tokenizer
 from moepp_ds.config import ModelConfig, Recipe, RecipeError, load_recipe
 from moepp_ds.hf_folder import FolderError, HFFolder
-from moepp_ds.hf_names import Layout, bias_names, layout_of, model_section, parts, unused_tensors
+from moepp_ds.hf_names import (
+    Layout,
+    bias_names,
+    changed_settings,
+    layout_of,
+    model_section,
+    parts,
+    unused_tensors,
+)
 from moepp_ds.start import refuse_a_run, write_start
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +42,9 @@ IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LINES = 40
 """Tensors that an error names one by one."""
+
+FAR_MORE = 10
+"""Times as many tensors as there are: then they are not even listed."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ def import_folder(path: Path, run_dir: Path, recipe_path: Path, overrides: Seque
     folder = HFFolder(path)
     layout, section = layout_of(folder.config), model_section(folder.config)
     recipe = load_recipe(recipe_path, overrides, model=section)
-    tied = bool(folder.config.get("tie_word_embeddings"))
+    # As in transformers, a head that is there counts, whatever config.json says of it.
+    tied = bool(folder.config.get("tie_word_embeddings")) and HEAD not in folder.shapes
     biased = _check(folder, recipe.model, layout, tied=tied)
     notices = _notices(folder, recipe, layout, section, tied=tied, biased=biased)
     routing = {"bias_LE": _biases(folder, recipe.model), "share_LE": None} if biased else None
@@ -80,14 +93,13 @@ def _biases(folder: HFFolder, model: ModelConfig) -> list[list[float]]:
 
 def _check(folder: HFFolder, model: ModelConfig, layout: Layout, *, tied: bool) -> bool:
     """Refuse a folder that does not hold just this model, naming all that is wrong; whether it has biases, too."""
+    needed = _needed(folder, model)
     biases = {name: (model.moe.num_experts,) for name in bias_names(model)}
     biased = any(name in folder.shapes for name in biases)
-    needed = {name: shape for part in parts(model) for name, shape in part.tensors.items()}
     needed |= biases if biased else {}
-    optional = dict(unused_tensors(model, layout))
     if tied:
-        optional[HEAD] = needed.pop(HEAD)
-    known = {**needed, **optional}
+        del needed[HEAD]
+    known = {**needed, **unused_tensors(model, layout)}
     found = {name: tuple(shape) for name, shape in folder.shapes.items() if not IGNORED.fullmatch(name)}
     problems = [
         *(f"missing: {name} {_shown(shape)}" for name, shape in needed.items() if name not in found),
@@ -110,6 +122,20 @@ def _check(folder: HFFolder, model: ModelConfig, layout: Layout, *, tied: bool) 
     return biased
 
 
+def _needed(folder: HFFolder, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that hold the parameters, with their shapes."""
+    most = FAR_MORE * len(folder.shapes)
+    named = ((name, shape) for part in parts(model) for name, shape in part.tensors.items())
+    needed = dict(islice(named, most))
+    if next(named, None):  # a config that is not of these weights could ask for more than memory holds
+        raise FolderError(
+            f"{folder.path} holds {len(folder.shapes)} tensors, and config.json with the model section of the recipe "
+            f"({model.num_layers} layers, {model.moe.num_experts} experts) asks for more than {most}; they are not of "
+            "one model"
+        )
+    return needed
+
+
 def _shown(shape: Iterable[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
@@ -122,7 +148,7 @@ def _notices(
     folder: HFFolder, recipe: Recipe, layout: Layout, section: Mapping[str, Any], *, tied: bool, biased: bool
 ) -> list[str]:
     """What was not taken as it is."""
-    changed = _laid_over(recipe, section)
+    changed = changed_settings(section, recipe.model)
     notices = [f"{key}: {said} in the folder, {asked} in the recipe" for key, said, asked in changed]
     unused = [name for name in unused_tensors(recipe.model, layout) if name in folder.shapes]
     if unused:
@@ -134,18 +160,6 @@ def _notices(
     if any(folder.dtypes[name] == torch.float64 for name in folder.dtypes):
         notices.append("weights of float64 are rounded to fp32")
     return notices + _compare_tokenizers(folder, recipe)
-
-
-def _laid_over(recipe: Recipe, section: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Keys of the folder's model section that the recipe gives another value, with both."""
-    told = ModelConfig.model_validate(section).model_dump(mode="json")
-    stack: list[tuple[str, Any, Any]] = [("model", told, recipe.model.model_dump(mode="json"))]
-    while stack:
-        name, one, other = stack.pop()
-        if isinstance(one, dict) and isinstance(other, dict):
-            stack += [(f"{name}.{key}", one.get(key), other.get(key)) for key in reversed(sorted({*one, *other}))]
-        elif one != other:
-            yield name, one, other
 
 
 def _compare_tokenizers(folder: HFFolder, recipe: Recipe) -> list[str]:

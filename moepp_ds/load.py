@@ -55,6 +55,11 @@ class LoadedModel:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, at least one and no more than a row of the recipe has, or DataError."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of a shell that are no text
+            place = f"{error.reason} at character {error.start}"
+            raise DataError(f"the text is not UTF-8: {place}; give plain text") from None
         ids = self.tokenizer.encode_batch([text])[0].tolist()
         if not ids:
             raise DataError("the text is empty: it has no token; give some words")
@@ -90,7 +95,7 @@ def load_model(
         name: reader.read(name).view(shape).to(device=device, dtype=dtype) for name, shape in reader.shapes.items()
     }
     model = _assembled(recipe, weights, eos_id=loaded_tokenizer.eos_id)
-    bias_LE = _bias(recipe, reader.index, torch.device(device))
+    bias_LE = selection_bias(recipe, reader.index, device)
     return LoadedModel(folder, model, recipe, reader.index, bias_LE, loaded_tokenizer)
 
 
@@ -99,7 +104,7 @@ def with_overrides(loaded: LoadedModel, overrides: Sequence[str]) -> LoadedModel
     recipe = checked_recipe(loaded.index, overrides, loaded.folder)
     weights = {name: parameter.detach() for name, parameter in loaded.model.named_parameters()}
     model = _assembled(recipe, weights, eos_id=loaded.model.eos_id)
-    bias_LE = _bias(recipe, loaded.index, loaded.device)
+    bias_LE = selection_bias(recipe, loaded.index, loaded.device)
     return LoadedModel(loaded.folder, model, recipe, loaded.index, bias_LE, loaded.tokenizer)
 
 
@@ -127,7 +132,12 @@ def choose_folder(path: Path) -> Path:
 def checked_recipe(index: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> Recipe:
     """The recipe of a checkpoint's index under overrides; RecipeError if its model is not the one that is stored."""
     recipe = stored_recipe(index.get("recipe"), overrides, place=f"recipe of {folder}")
-    shapes, stored = global_shapes(recipe.model), index["parameters"]
+    stored = index["parameters"]
+    if recipe.model.num_layers > len(stored):  # found before a model of so many layers is made
+        raise RecipeError(
+            f"the recipe of {folder} has {recipe.model.num_layers} layers, and its checkpoint {len(stored)} parameters"
+        )
+    shapes = global_shapes(recipe.model)
     if shapes != stored:
         asked = f" with {' '.join(f'--set {override}' for override in overrides)}" if overrides else ""
         raise RecipeError(
@@ -144,13 +154,16 @@ def _assembled(recipe: Recipe, weights: Mapping[str, Tensor], *, eos_id: int) ->
     return model.eval().requires_grad_(False)
 
 
-def _bias(recipe: Recipe, index: Mapping[str, Any], device: torch.device) -> Tensor | None:
-    """The biases that training had reached; none where the recipe has no controller."""
+def selection_bias(recipe: Recipe, index: Mapping[str, Any], device: torch.device | str) -> Tensor | None:
+    """The biases that training had reached, fp32 [L, E]; none where the recipe has no controller."""
     model = recipe.model
     if model.moe.controller is None:
         return None
-    state = restored_state(index.get("routing"), model.moe, model.num_moe_layers)
-    return state.inputs(seed=0, first_row=0, device=device).bias_LE
+    try:
+        state = restored_state(index.get("routing"), model.moe, model.num_moe_layers)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return state.inputs(seed=0, first_row=0, device=torch.device(device)).bias_LE
 
 
 def find_tokenizer(recipe: Recipe, index: Mapping[str, Any], file: Path | None = None) -> tuple[Path, Tokenizer]:

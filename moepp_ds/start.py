@@ -12,6 +12,7 @@ The run is then started with `--resume auto`, on any layout:
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from data_pipeline.atomic import write_atomically
 from moepp_ds import __version__
+from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.shapes import global_shapes
 from moepp_ds.checkpoint.writer import write_weights
 from moepp_ds.config import Recipe, RecipeError
@@ -56,13 +58,24 @@ def write_start(
     }
     try:
         folder = write_weights(checkpoints, pieces, shapes=global_shapes(recipe.model), step=0, facts=facts)
-    except BaseException:
-        for made in (checkpoints, run_dir):
-            with suppress(OSError):  # it was never made, or it holds something that is not ours
-                made.rmdir()
+        write_atomically(run_dir / "recipe.yaml", recipe.dump().encode())
+    except BaseException as error:
+        _take_back(run_dir, checkpoints)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{run_dir} cannot be written: {error}; free its disk or name another") from error
         raise
-    write_atomically(run_dir / "recipe.yaml", recipe.dump().encode())
     return folder
+
+
+def _take_back(run_dir: Path, checkpoints: Path) -> None:
+    """Delete a start that was not finished, and the folders if nothing else is in them."""
+    for made in checkpoints.glob("step-*"):  # there was none before
+        shutil.rmtree(made, ignore_errors=True)
+    with suppress(OSError):
+        (checkpoints / "latest").unlink()
+    for folder in (checkpoints, run_dir):
+        with suppress(OSError):  # it was never made, or it holds something that is not ours
+            folder.rmdir()
 
 
 def refuse_a_run(run_dir: Path) -> None:

@@ -35,7 +35,7 @@ PIECES = [("b.experts.down_EFD", 10, B[1]), ("a.weight", 0, A), ("b.experts.down
 
 
 def write(root: Path, pieces: Any = PIECES, *, file_bytes: int = 2**20) -> Path:
-    return write_weights(root, pieces, shapes=SHAPES, step=0, facts={"origin": "here"}, file_bytes=file_bytes)
+    return write_weights(root, pieces, shapes=SHAPES, step=0, facts={"origin": {"seed": 3}}, file_bytes=file_bytes)
 
 
 @pytest.mark.parametrize("file_bytes", [2**20, 64, 48, 8, 4])
@@ -44,7 +44,7 @@ def test_what_is_written_is_read_whatever_the_size_of_files(tmp_path: Path, file
     assert folder == tmp_path / "step-00000000" == find_checkpoint(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000000"]
     index = read_index(folder)
-    assert (index["kinds"], index["step"], index["updates"], index["origin"]) == (["weight"], 0, 0, "here")
+    assert (index["kinds"], index["step"], index["updates"], index["origin"]) == (["weight"], 0, 0, {"seed": 3})
     parts = [f"part-{number:05d}.safetensors" for number in range(len(index["files"]))]
     assert sorted(path.name for path in folder.iterdir()) == ["index.json", *parts]
     assert len(parts) == {2**20: 1, 64: 3, 48: 3, 8: 16, 4: 32}[file_bytes]

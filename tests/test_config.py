@@ -273,7 +273,7 @@ def test_arithmetic_says_what_moves_the_load(recipe_file: Path) -> None:
     assert said[-3:-1] == ["no balance loss", f"{steering}; rate 0.001 -> 0"]
     assert said[1].endswith(" activated per token at 1.50 FFN experts per token")
     said = lines("controller={}", "dropless=true")
-    assert said[-2] == "controller proportional steers to 1.00 routed FFN experts per token; rate 0.1 -> 0.01"
+    assert said[-2] == "controller proportional steers to 1.00 routed FFN experts per token; rate 0.5 -> 0.05"
 
 
 def test_layouts_that_do_not_fit_name_those_that_do(recipe_file: Path) -> None:

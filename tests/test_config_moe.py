@@ -107,10 +107,9 @@ def test_choices_per_token(changes: dict[str, Any], choices: float) -> None:
 @pytest.mark.parametrize(
     "changes, rates",
     [
-        ({}, (0.1, 0.01)),
+        ({}, (0.5, 0.05)),
         ({"rule": "sign"}, (0.001, 0.001)),  # moves by all of its rate at every update: DeepSeek-V3's step
-        ({"rate": 0.5}, (0.5, 0.01)),
-        ({"rate": 0.004}, (0.004, 0.004)),
+        ({"rate": 0.25}, (0.25, 0.025)),
         ({"rule": "sign", "rate": 0.02, "final_rate": 0.0}, (0.02, 0.0)),
     ],
 )

@@ -77,6 +77,7 @@ def frequencies(sampling: Sampling, draws: int = 4000) -> list[float]:
         (1.0, 0.81, [0.2, 0.5, 0.3]),
         (1.0, 1e-9, [0, 1, 0]),  # one is always left
         (1e-4, 1.0, [0, 1, 0]),
+        (1e-310, 1.0, [0, 1, 0]),  # 1 over it is no number
     ],
 )
 def test_what_is_drawn(temperature: float, top_p: float, expected: list[float]) -> None:
@@ -114,6 +115,9 @@ def test_what_cannot_be_continued() -> None:
     for top_p in (0.0, 1.1, float("nan")):
         with pytest.raises(DataError, match="top_p .* must lie above 0 and be at most 1"):
             Sampling(top_p=top_p)
+    for seed in (-1, 2**64):
+        with pytest.raises(DataError, match="seed .* must be a whole number from 0 to 18446744073709551615"):
+            Sampling(seed=seed)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

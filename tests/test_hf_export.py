@@ -170,6 +170,14 @@ def test_the_released_layout_is_refused_with_what_differs(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
+def test_what_the_released_layout_does_not_hold_is_told(tmp_path: Path) -> None:
+    settings = ["model.moe.variant=released", "model.document_attention=true", "model.moe.tau=0.5"]
+    start_run(tmp_path / "run", *settings)
+    done = export_checkpoint(tmp_path / "run", tmp_path / "out")
+    told = "an import needs them in its recipe: model.document_attention: True, model.moe.tau: 0.5"
+    assert done.layout == "released" and done.notices[-1].endswith(told)
+
+
 def test_our_layout_for_a_released_model_and_small_shards(tmp_path: Path) -> None:
     start(tmp_path / "run", "released")
     done = export_checkpoint(tmp_path / "run", tmp_path / "out", layout="moepp", max_shard_bytes=50_000)

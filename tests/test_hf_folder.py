@@ -98,6 +98,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FolderError, match="exists and is not empty; name a new folder"):
         write_folder(tmp_path / "m", {}, TENSORS.items())
     assert os.listdir(tmp_path / "m") == ["mine"]
+    for place in (tmp_path / "m/mine/inside", tmp_path / ("n" * 300)):
+        with pytest.raises(FolderError, match="cannot be written: .*; free its disk or name another folder"):
+            write_folder(place, {}, TENSORS.items())
 
 
 def test_bin_files_are_read(tmp_path: Path) -> None:

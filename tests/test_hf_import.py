@@ -158,6 +158,29 @@ def test_a_tied_head_becomes_a_copy_of_the_embedding(tmp_path: Path) -> None:
     assert (of_transformers(folder, torch.float64) - expected).abs().max() < 1e-9
 
 
+def test_a_head_that_is_there_counts_although_the_config_ties_it(tmp_path: Path) -> None:
+    weights, config = make_released(seed=3, vocab_size=512)
+    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+    folder = save_model(tmp_path / "folder", json.dumps({**config, "tie_word_embeddings": True}), tensors)
+    done = imported(folder, tmp_path / "run")
+    assert not any("copy of the embedding" in notice for notice in done.notices)
+    expected = torch.from_numpy(released_logits(weights, config, TOKENS))
+    loaded = load_model(tmp_path / "run", device="cpu", dtype=torch.float64)
+    assert (logits(loaded, torch.tensor([TOKENS]))[0] - expected).abs().max() < 1e-9
+    assert (of_transformers(folder, torch.float64) - expected).abs().max() < 1e-9
+
+
+def test_what_only_the_recipe_makes_a_model(tmp_path: Path) -> None:
+    start(tmp_path / "old", "paper")
+    export_checkpoint(tmp_path / "old", tmp_path / "folder")
+    file = tmp_path / "folder" / "config.json"
+    config = json.loads(file.read_text())
+    config["moe"]["capacity_factor"] = -1.0
+    file.write_text(json.dumps(config))
+    done = imported(tmp_path / "folder", tmp_path / "run", "model: {moe: {capacity_factor: 1.5}}")
+    assert done.notices == ["model.moe.capacity_factor: -1.0 in the folder, 1.5 in the recipe"]
+
+
 def test_files_of_old_torch_versions_and_of_half_precision(tmp_path: Path) -> None:
     folder, weights, config = released_folder(tmp_path / "folder")
     old = tmp_path / "old"
@@ -202,6 +225,16 @@ def test_a_recipe_of_another_size_is_refused(tmp_path: Path) -> None:
         imported(folder, tmp_path / "run", "model: {num_layers: 9}")
     assert str(caught.value).splitlines()[-1].endswith("more")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**12}, {"num_experts": [10**12]}])
+def test_a_config_of_another_world_is_refused_at_once(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Not by a list of all the tensors that it asks for."""
+    folder, weights, _ = released_folder(tmp_path / "folder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(FolderError, match=f"holds {len(weights)} tensors, and .* asks for more than"):
+        imported(folder, tmp_path / "run")
 
 
 def test_biases_of_some_layers_are_not_enough(tmp_path: Path) -> None:
@@ -298,8 +331,10 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     said = capsys.readouterr()
     assert f"bash launch/train.sh {run}/recipe.yaml --run-dir {run} --resume auto" in said.out
     assert "note: model.moe.tau: 0.75 in the folder, 0.5 in the recipe" in said.err
+    assert moepp(monkeypatch, "import", str(folder), run + " 2", "--recipe", recipe) == 0
+    assert f"launch/train.sh '{run} 2/recipe.yaml' --run-dir '{run} 2' --resume auto" in capsys.readouterr().out
     (folder / "model.safetensors").unlink()
-    assert moepp(monkeypatch, "import", str(folder), run + "2", "--recipe", recipe) == 1
+    assert moepp(monkeypatch, "import", str(folder), run + "3", "--recipe", recipe) == 1
     assert "holds no weights" in capsys.readouterr().err
 
 

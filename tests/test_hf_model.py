@@ -12,7 +12,8 @@ import torch
 from hf_models import same_bits, start, stored
 from loaded_models import GOLDEN_SHARDS
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moepp_ds.hf import MoEPPConfig, MoEPPForCausalLM, ReleasedMoEPPConfig, ReleasedMoEPPForCausalLM
 from moepp_ds.hf_export import export_checkpoint
@@ -109,6 +110,22 @@ def test_rows_that_pack_documents() -> None:
     assert torch.allclose(packed, alone, atol=1e-5)
 
 
+def test_attention_is_told_the_positions() -> None:
+    """Flash attention keeps packed documents apart by them."""
+    told: list[Tensor] = []
+
+    def witness(*args: Any, position_ids: Tensor, **kwargs: Any) -> Any:
+        told.append(position_ids)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+    AttentionInterface.register("witness", witness)
+    model = make()
+    model.set_attn_implementation("witness")
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    model(IDS_BS[:1], position_ids=positions)
+    assert len(told) == 4 and all(torch.equal(one, positions) for one in told)
+
+
 def test_the_last_logits_alone() -> None:
     model = make()
     assert torch.allclose(model(IDS_BS, logits_to_keep=2).logits, model(IDS_BS).logits[:, -2:], atol=1e-6)
@@ -138,6 +155,20 @@ def test_biases_stay_fp32_when_weights_do_not(tmp_path: Path) -> None:
     logits_BSV = half(IDS_BS, output_router_logits=True)
     assert logits_BSV.logits.dtype == torch.bfloat16
     assert logits_BSV.router_logits[0].dtype == torch.float32
+
+
+def test_what_routes_is_exact_under_autocast() -> None:
+    model = make()
+    layer, x_TD = model.model.layers[1].mlp.moe, torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
+    constant = layer.experts.experts[8]
+    routed, value_TD = layer.gate(x_TD, None), constant(x_TD)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(layer.gate(x_TD, None), routed))
+        assert torch.equal(constant(x_TD), value_TD)
+        out = model(IDS_BS, labels=IDS_BS, output_router_logits=True)
+    assert [logits_TE.dtype for logits_TE in out.router_logits] == [torch.float32] * 2
+    out.loss.backward()
+    assert model.model.layers[3].mlp.moe.gate.gate_map.weight.grad.any()
 
 
 def test_auto_classes_know_both_model_types(tmp_path: Path) -> None:
@@ -220,6 +251,7 @@ def test_sections_that_are_not_understood(moe: dict[str, Any], said: str) -> Non
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaled rotary positions"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "scaled rotary positions"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "of a part of the features"),
     ],
 )
 def test_keys_of_llama_that_are_not_done(change: dict[str, Any], said: str) -> None:

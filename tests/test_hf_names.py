@@ -190,6 +190,7 @@ def test_number_of_experts_may_stand_alone_and_positions_in_new_keys() -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu': experts are SwiGLU"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rotary positions are not scaled"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rotary positions are not scaled"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters {'rope_theta': 1"),
         ({"sliding_window": 128}, "sliding_window 128"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"attention_dropout": 0.1}, "set it to 0 if it may go"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from loaded_models import GOLDEN_SHARDS, golden_recipe, initial_model, known_mod
 from data_pipeline.document import DataError
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.config import RecipeError
+from moepp_ds.hf_export import export_checkpoint
 from moepp_ds.load import choose_folder, find_tokenizer, load_model, with_overrides
 
 ROWS = torch.tensor([[5, 9, 300, 2, 8, 44, 17]])
@@ -146,6 +148,7 @@ BAD_RECIPES: list[tuple[Callable[[dict], object], str]] = [
     (lambda index: index.pop("recipe"), "it is None and no mapping of sections"),
     (lambda index: index["recipe"].pop("train"), "train: is required and not given"),
     (lambda index: index["recipe"]["model"].update(num_layers=4), "is another model than its weights"),
+    (lambda index: index["recipe"]["model"].update(num_layers=10**12), "has 1000000000000 layers, and its"),
     (lambda index: index["recipe"]["model"].update(from_the_future=1), "model.from_the_future: unknown key"),
 ]
 
@@ -160,6 +163,29 @@ def test_a_stored_recipe_that_is_not_the_weights(
         load_model(folder, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"routing": {"bias_LE": [[0.0] * 8] * 2, "share_LE": None}}, "3 MoE layers of 8 experts"),
+        ({"routing": {"bias_LE": [[float("nan")] * 8] * 3, "share_LE": None}}, "routing.bias_LE.0.0: Input should be"),
+        ({"routing": "none"}, "no index of a checkpoint: routing: Input should be"),
+        ({"routing": {}}, "no index of a checkpoint: routing.bias_LE: Field required"),
+        ({"data": {"order": None}}, "no index of a checkpoint: data.order: Input should be"),
+        ({"tokens": "many"}, "no index of a checkpoint: tokens: Input should be"),
+        ({"versions": [1]}, "no index of a checkpoint: versions: Input should be"),
+    ],
+)
+def test_facts_that_are_none(tmp_path: Path, facts: dict, message: str) -> None:
+    """Neither looked at nor exported."""
+    start_run(tmp_path / "run", *CONTROLLED)
+    set_index(tmp_path / "run/checkpoints/step-00000000", lambda index: index.update(facts))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(tmp_path / "run", device="cpu")
+    with pytest.raises(CheckpointError, match=message):
+        export_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_texts() -> None:
     loaded = known_model()
     assert loaded.encode("3 4 5") == [3, 4, 5]
@@ -167,6 +193,8 @@ def test_texts() -> None:
     for text in ("", "  "):
         with pytest.raises(DataError, match="the text is empty: it has no token; give some words"):
             loaded.encode(text)
+    with pytest.raises(DataError, match="the text is not UTF-8: surrogates not allowed at character 2; give plain"):
+        loaded.encode(os.fsdecode(b"3 \xff"))  # as Python hands on what a shell gives
     with pytest.raises(DataError, match=r"65 tokens, and .* rows of 64 \(data.seq_len\); shorten it, or allow more"):
         loaded.encode("3 " * 65)
 

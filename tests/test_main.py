@@ -39,6 +39,7 @@ def test_recipe_prints_what_loads_back_and_its_arithmetic(tmp_path: Path) -> Non
         (["recipe", "tests/golden/goldne.yaml"], "did you mean tests/golden/golden.yaml?"),
         (["recipe", GOLDEN_RECIPE, "--set", "train.max_stepz=1"], "did you mean train.max_steps?"),
         (["recipe", GOLDEN_RECIPE, "--world", "3"], "error: "),
+        (["generate", "x" * 300, "--prompt", "x"], "File name too long"),
         (["report", "tests"], "error: tests/metrics.jsonl does not exist; name the folder of a run"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import ROOT, LaunchDeepspeed
 from loaded_models import golden_recipe, initial_model, start_run
 from run_folders import TOLERANCES, train, untimed
+from torch import Tensor
 
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.files import find_checkpoint, read_index
@@ -80,6 +82,21 @@ def test_a_start_that_fails_leaves_no_run(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["other", "notes.txt"]
     start_run(other)
     assert find_checkpoint(other / "checkpoints") == other / "checkpoints/step-00000000"
+
+
+@pytest.mark.parametrize("last", ["checkpoints/latest", "recipe.yaml"])
+def test_a_disk_that_fails_at_the_end_leaves_no_run(tmp_path: Path, last: str) -> None:
+    recipe, run = golden_recipe(), tmp_path / "run"
+    blocked = run / last / "in the way"
+
+    def pieces() -> Iterator[tuple[str, int, Tensor]]:
+        blocked.mkdir(parents=True)  # a folder there, and the file can no longer be put in its place
+        yield from ((name, 0, tensor) for name, tensor in initial_model(recipe).named_parameters())
+
+    with pytest.raises(CheckpointError, match="cannot be written: .*; free its disk or name another"):
+        write_start(run, recipe, pieces(), origin={})
+    assert [path for path in run.rglob("*") if path.is_file()] == []
+    assert not list(run.glob("checkpoints/step-*"))
 
 
 @pytest.mark.dist

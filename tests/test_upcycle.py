@@ -349,6 +349,7 @@ def test_a_weight_that_is_not_finite_leaves_no_run(tmp_path: Path) -> None:
         ("llama", {"mlp_bias": True}, "mlp_bias true"),
         ("llama", {"rope_parameters": {**LINEAR, "rope_theta": 1e4}}, "rope_scaling linear"),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "scaling dynamic"),
+        ("llama", {"rope_parameters": {"rope_theta": "long"}}, "rope_theta 'long': it must be a number"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config: its weights are quantized"),
         ("llama", {"hidden_size": None}, "hidden_size is None; these must be whole numbers from 1 to 64"),
         ("llama", {"num_attention_heads": 0}, "num_attention_heads is 0"),
@@ -435,6 +436,10 @@ def test_sizes_that_the_recipe_gives_otherwise_are_all_listed(tmp_path: Path) ->
     with pytest.raises(FolderError, match="(?s)leave these keys out.*num_layers is 3.*qkv_bias is True") as error:
         upcycle(tmp_path / "run", recipe, [tmp_path / "hf"])
     assert "rope_theta" not in str(error.value)  # a number that may be changed, as for longer texts
+    write_recipe(recipe, {"num_ffn_experts": 4}, rope_theta=5e5, norm_eps=1e-5)
+    done = upcycle(tmp_path / "run", recipe, [tmp_path / "hf"])
+    assert done.notices[0] == "model.rope_theta is 500000.0 in the recipe, and 10000.0 in the checkpoint"
+    assert not any("norm_eps" in notice for notice in done.notices)  # it says what the checkpoint does
 
 
 def test_folders_of_several_kinds_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -41,12 +41,30 @@ class _FileNote(BaseModel):
     chunks: list[str]
 
 
+class _Routing(BaseModel):
+    """What routing remembers, as `controller.RoutingState` has it."""
+
+    bias_LE: list[list[FiniteFloat]] | None
+    share_LE: list[list[FiniteFloat]] | None
+
+
+class _Data(BaseModel):
+    """Where a loader was."""
+
+    order: dict[str, Any] = {}
+
+
 class _Index(BaseModel):
-    """What every index holds; the rest belongs to the run."""
+    """What every index holds, and what many do; the rest belongs to the run."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
     step: int = Field(ge=0)
+    tokens: int = Field(default=0, ge=0)
+    data: _Data | None = None
+    routing: _Routing | None = None
+    versions: dict[str, str] | None = None
+    origin: dict[str, Any] | None = None
     parameters: dict[str, list[Annotated[int, Field(ge=1)]]]
     files: dict[Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")], _FileNote]  # no path leads out of the folder
 

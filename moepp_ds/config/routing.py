@@ -46,22 +46,23 @@ class ControllerConfig(Section):
     """Mean routed FFN experts per token that is steered to; null is what tau implies. Experts per token."""
 
     rate: float = Field(default=None, gt=0.0, validate_default=True)
-    """Step of the biases after the first update (mu): probability, per unit of load for `proportional`. Null gives 0.1,
+    """Step of the biases after the first update (mu): probability, per unit of load for `proportional`. Null gives 0.5,
     and 0.001 with the rule `sign`, which moves by all of it every time."""
 
     final_rate: float = Field(default=None, ge=0.0, validate_default=True)
-    """Step of the biases after the last update, reached along a straight line. As rate; null gives 0.01, or rate if
-    that is less."""
+    """Step of the biases after the last update, reached along a straight line. As rate; null gives a
+    tenth of rate, and all of it with the rule `sign`."""
 
     @field_validator("rate", mode="before")
     @classmethod
     def _rate_by_rule(cls, value: Any, info: ValidationInfo) -> Any:
-        return {"sign": 0.001}.get(info.data.get("rule", ""), 0.1) if value is None else value
+        return {"sign": 0.001}.get(info.data.get("rule", ""), 0.5) if value is None else value
 
     @field_validator("final_rate", mode="before")
     @classmethod
     def _final_rate_by_rule(cls, value: Any, info: ValidationInfo) -> Any:
-        return min(0.01, info.data.get("rate", 0.01)) if value is None else value
+        stays = info.data.get("rule") == "sign"
+        return info.data.get("rate", 0.5) / (1 if stays else 10) if value is None else value
 
     @model_validator(mode="after")
     def _rate_falls(self) -> ControllerConfig:

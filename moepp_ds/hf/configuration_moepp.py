@@ -117,7 +117,8 @@ class MoEPPConfig(PreTrainedConfig):
     LLaMA's keys mean what they mean there; attention_bias is for queries, keys and values alone. intermediate_size:
     inner width of a dense FFN, and of an FFN expert unless moe.expert_ffn_hidden_size is given. qk_norm: "none",
     "full" or "per_head". document_attention: whether training kept attention inside documents; a forward pass here
-    takes a row for one document, unless position_ids start anew in it (packing). moe: that section of a recipe, whole.
+    takes a row for one document, unless position_ids start anew in it (packing; without a mask and a cache). moe: that
+    section of a recipe, whole.
     """
 
     model_type = "moepp_ds"
@@ -310,5 +311,7 @@ def _rope_theta(rope_theta: float, others: dict[str, Any]) -> float:
             continue
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"{name} {rope}: scaled rotary positions are not supported")
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"{name} {rope}: rotary positions of a part of the features are not supported")
         rope_theta = rope.get("rope_theta", rope_theta)
     return float(rope_theta)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -177,7 +178,9 @@ class MoEPPConstantExpert(nn.Module):
         self.wg = nn.Linear(hidden_size, 2, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        keep_T1, value_T1 = torch.softmax(F.linear(x_TD, self.wg.weight.to(x_TD.dtype)), dim=-1).split(1, dim=-1)
+        with _no_autocast(x_TD.device):
+            logits_T2 = F.linear(x_TD, self.wg.weight.to(x_TD.dtype))
+        keep_T1, value_T1 = torch.softmax(logits_T2, dim=-1).split(1, dim=-1)
         return keep_T1 * x_TD + value_T1 * self.constant.to(x_TD.dtype)
 
 
@@ -203,7 +206,8 @@ class MoEPPRouter(nn.Module):
 
         before_TE: the logits of the MoE layer before. Assignments are ordered by token, best expert first.
         """
-        logits_TE = self._logits(x_TD, before_TE)
+        with _no_autocast(x_TD.device):
+            logits_TE = self._logits(x_TD, before_TE)
         scored_TE = logits_TE
         if self.moe.logit_std is not None:
             scored_TE = logits_TE / logits_TE.std(dim=-1, keepdim=True) * self.moe.logit_std
@@ -365,7 +369,7 @@ class MoEPPPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoEPPBlock"]
-    _skip_keys_device_placement = ["past_key_values", "before_TE"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -426,6 +430,7 @@ class MoEPPModel(MoEPPPreTrainedModel):
             "attention_mask": _causal_mask(config, h_BSD, attention_mask, past_key_values, position_ids),
             "rotary": rotary_tables(position_ids, config.head_dim, config.rope_theta, h_BSD.dtype),
             "past_key_values": past_key_values,
+            "position_ids": position_ids,  # where they start anew, flash attention keeps documents apart
             **kwargs,
         }
         asked = {
@@ -544,6 +549,12 @@ def _causal_mask(
     make_mask: Callable[..., Any] = create_causal_mask
     known = inspect.signature(make_mask).parameters
     return make_mask(**{name: value for name, value in offered.items() if name in known})
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For products that are wide on purpose: autocast, as in mixed-precision fine-tuning, would round them."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def _wanted(asked: bool | None, default: bool | None) -> bool:

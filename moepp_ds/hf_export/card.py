@@ -55,12 +55,13 @@ ENCODE = """tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_cod
 ids = tokenizer("Once upon a time", return_tensors="pt").input_ids"""
 TOKENS = (
     "No token is put before a text, and special tokens written in a text are text: that is how the training text was"
-    " encoded. For a batch of texts, pad on the left (`padding_side=\"left\"`) and pass the attention mask."
+    " encoded. For a batch of texts, set `tokenizer.pad_token = tokenizer.eos_token`, pad on the left"
+    " (`padding_side=\"left\"`) and pass the attention mask."
 )
 OTHERWISE = "ids = ...  # see below; shape [texts, tokens]"
 DOCUMENTS = (
     " In training attention stopped at the end-of-document token. Here a row is one document; rows that pack several"
-    " need `position_ids` that start anew in each."
+    " need `position_ids` that start anew in each, no attention mask and `use_cache=False`."
 )
 
 

@@ -27,13 +27,15 @@ from moepp_ds.hf_folder import write_folder
 from moepp_ds.hf_names import (
     Layout,
     bias_names,
+    changed_settings,
+    model_section,
     moepp_config,
     parts,
     released_config,
     released_differences,
     unused_tensors,
 )
-from moepp_ds.load import checked_recipe, choose_folder, find_tokenizer
+from moepp_ds.load import checked_recipe, choose_folder, find_tokenizer, selection_bias
 
 CODE = Path(__file__).parent.parent / "hf"
 CONFIGURATION, MODELING = "configuration_moepp", "modeling_moepp"
@@ -81,13 +83,16 @@ def export_checkpoint(
     write_folder(
         out,
         config,
-        _tensors(reader, model, chosen, dtype),
+        _tensors(reader, model, chosen, dtype, selection_bias(recipe, reader.index, "cpu")),
         max_shard_bytes=max_shard_bytes,
         extra_files=_files(recipe, reader.index, chosen, dtype, loaded, declared, name=out.name),
     )
     notices = [declared.notice] if declared.notice else []
     if chosen == "released":
         notices.append("the first layer's gate_map.weight is zeros: the released layout has it, and no model uses it")
+        lost = [f"{key}: {value}" for key, _, value in changed_settings(model_section(described), model)]
+        if lost:
+            notices.append(f"it has no key for some settings, an import needs them in its recipe: {', '.join(lost)}")
     elif layout is None and model.moe.variant == "released":
         notices.append("not in the released layout, which cannot say " + "; ".join(differences))
     return Exported(out, chosen, notices)
@@ -103,7 +108,7 @@ def parse_size(text: str) -> int:
 
 
 def _tensors(
-    reader: WeightReader, model: ModelConfig, layout: Layout, dtype: torch.dtype
+    reader: WeightReader, model: ModelConfig, layout: Layout, dtype: torch.dtype, bias_LE: Tensor | None
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the folder, read when they are asked for."""
     for part in parts(model):
@@ -111,10 +116,8 @@ def _tensors(
         yield from ((name, tensor.to(dtype)) for name, tensor in part.to_hf(values_N).items())
     for name, shape in unused_tensors(model, layout).items():
         yield name, torch.zeros(shape, dtype=dtype)
-    names = bias_names(model)
-    if names:
-        bias_LE = (reader.index.get("routing") or {}).get("bias_LE") or [[0.0] * model.moe.num_experts] * len(names)
-        yield from ((name, torch.tensor(bias_E, dtype=torch.float32)) for name, bias_E in zip(names, bias_LE))
+    if bias_LE is not None:
+        yield from zip(bias_names(model), bias_LE, strict=True)
 
 
 def _common_keys(recipe: Recipe, tokenizer: Tokenizer, layout: Layout, dtype: torch.dtype) -> dict[str, Any]:

@@ -41,10 +41,13 @@ def write_folder(
     for name in extra_files:
         if not is_plain(name) or name == CONFIG or name.endswith((".safetensors", INDEX)):
             raise FolderError(f"{name!r} cannot be written beside {CONFIG} and the weights; use another name")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FolderError(f"{path} exists and is not empty; name a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise FolderError(f"{path} exists and is not empty; name a new folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+    except OSError as error:
+        raise _unwritable(path, error) from error
     try:
         _write_shards(partial, tensors, max_shard_bytes)
         files = {**extra_files, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
@@ -60,8 +63,12 @@ def write_folder(
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
-            raise FolderError(f"{path} cannot be written: {error}") from error
+            raise _unwritable(path, error) from error
         raise
+
+
+def _unwritable(path: Path, error: Exception) -> FolderError:
+    return FolderError(f"{path} cannot be written: {error}; free its disk or name another folder")
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from moepp_ds.hf_names.configs import (
     MODEL_TYPES,
     Layout,
+    changed_settings,
     layout_of,
     model_section,
     moepp_config,
@@ -26,6 +27,7 @@ __all__ = [
     "Layout",
     "Part",
     "bias_names",
+    "changed_settings",
     "layout_of",
     "model_section",
     "moepp_config",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from moepp_ds.config import ModelConfig, RecipeError
 
@@ -129,6 +131,24 @@ def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
     raise RecipeError("\n  ".join(["config.json says what moepp_ds does not compute:", *problems]))
 
 
+def changed_settings(section: Mapping[str, Any], model: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that a model section and a model have different values for, each with both.
+
+    What the section does not say counts as its default.
+    """
+    try:
+        told = ModelConfig.model_validate(section).model_dump(mode="json")
+    except ValidationError:  # it alone is no model: then what it says, without what would follow from it
+        told = dict(section)
+    stack: list[tuple[str, Any, Any]] = [("model", told, model.model_dump(mode="json"))]
+    while stack:
+        name, one, other = stack.pop()
+        if isinstance(one, dict) and isinstance(other, dict):
+            stack += [(f"{name}.{key}", one[key], other[key]) for key in reversed(sorted(one))]
+        elif one != other:
+            yield name, one, other
+
+
 def _section(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     section = {
         "vocab_size": config["vocab_size"],
@@ -160,16 +180,20 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _unsayable(config: Mapping[str, Any]) -> list[str]:
     """What LLaMA's keys can ask for and our attention and experts do not do."""
-    rope = _rope(config)
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else rope
+    rope = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     refused = {
         "hidden_act": (config.get("hidden_act", "silu") != "silu", "experts are SwiGLU (silu)"),
-        "rope_scaling": (kind != "default", "rotary positions are not scaled"),
+        rope: (not _is_plain(_rope(config)), "rotary positions are not scaled, and turn all features"),
         "sliding_window": (config.get("sliding_window") is not None, "attention sees all of a row"),
         "attention_dropout": (bool(config.get("attention_dropout")), "there is no dropout; set it to 0 if it may go"),
         "mlp_bias": (bool(config.get("mlp_bias")), "FFNs have no biases"),
     }
     return [f"{key} {config.get(key)!r}: {rule}" for key, (wrong, rule) in refused.items() if wrong]
+
+
+def _is_plain(rope: Mapping[str, Any]) -> bool:
+    """Whether settings of rotary positions leave them as they are."""
+    return rope.get("rope_type", rope.get("type", "default")) == "default" and rope.get("partial_rotary_factor", 1) == 1
 
 
 def _unsayable_released(config: Mapping[str, Any]) -> list[str]:

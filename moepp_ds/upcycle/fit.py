@@ -14,13 +14,13 @@ from moepp_ds.upcycle.parts import Experts, split_width
 from moepp_ds.upcycle.source import Checkpoint
 
 FREE = ("norm_eps", "rope_theta", "init_std", "top_k", "combine")
-"""Keys of a checkpoint's section that a recipe may change: the weights fit whatever they are."""
+"""Keys of a checkpoint's section that a recipe may change: the weights fit whatever they are. The user is told."""
 
 
 def load_fitting(
     path: Path, overrides: Sequence[str], checkpoints: Sequence[Checkpoint], experts: Experts | None
-) -> Recipe:
-    """The recipe laid over the checkpoint's section; raises where it contradicts the weights.
+) -> tuple[Recipe, list[str]]:
+    """The recipe laid over the checkpoint's section, and what it changes there; raises where the weights do not fit.
 
     experts: what becomes of dense FFNs, None for a MoE.
     """
@@ -36,11 +36,11 @@ def load_fitting(
         copies = max(1, asked.num_ffn_experts // routed)
         section["moe"] = {"expert_ffn_hidden_size": width, "combine_scale": asked.num_experts / copies}
         recipe = load_recipe(path, overrides, model=section)
-    _check_sizes(recipe.model, section, checkpoints[0])
-    return recipe
+    return recipe, _check_sizes(recipe.model, section, checkpoints[0])
 
 
-def _check_sizes(model: ModelConfig, section: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def _check_sizes(model: ModelConfig, section: Mapping[str, Any], checkpoint: Checkpoint) -> list[str]:
+    """Refuse sizes that are not the checkpoint's; what else is not, in words."""
     found: dict[str, Any] = {f"model.{key}": getattr(model, key) for key in section if key != "moe"}
     meant = {f"model.{key}": value for key, value in section.items() if key != "moe"}
     if checkpoint.family.moe:
@@ -53,14 +53,16 @@ def _check_sizes(model: ModelConfig, section: Mapping[str, Any], checkpoint: Che
             meant["model.moe.expert_ffn_hidden_size"] = section["ffn_hidden_size"]
     elif model.moe.shared_expert_gate:
         found["model.moe.shared_expert_gate"], meant["model.moe.shared_expert_gate"] = True, False
-    wrong = [
-        f"{key} is {found[key]} in the recipe, and {value} in the checkpoint"
+    changed = {
+        key: f"{key} is {found[key]} in the recipe, and {value} in the checkpoint"
         for key, value in meant.items()
-        if found[key] != value and key.rpartition(".")[2] not in FREE
-    ]
+        if found[key] != value
+    }
+    wrong = [line for key, line in changed.items() if key.rpartition(".")[2] not in FREE]
     if wrong:
         heading = f"the recipe does not fit {checkpoint.folder.path}; leave these keys out of it:"
         raise FolderError("\n  ".join([heading, *wrong]))
+    return list(changed.values())
 
 
 def check_data(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str]:

@@ -52,8 +52,8 @@ def upcycle(
     moe = _agreed_kind(checkpoints)
     noise = _checked_options(moe, experts, attention, noise)
     become = None if moe else experts or "copy"
-    recipe = load_fitting(recipe_path, overrides, checkpoints, become)
-    notices = check_data(recipe, checkpoints) + _advice(recipe)
+    recipe, changed = load_fitting(recipe_path, overrides, checkpoints, become)
+    notices = changed + check_data(recipe, checkpoints) + _advice(recipe)
     layouts = [checkpoint_layout(checkpoint, recipe.model) for checkpoint in checkpoints]
     check_tensors(list(zip(checkpoints, layouts)))
     plan = Plan(

@@ -140,6 +140,9 @@ def _unsupported(config: Any, raw: dict[str, Any], family: Family) -> Iterator[s
     if rope.get("rope_type", "default") != "default" or rest:
         kind = rope.get("rope_type", "default")
         yield f"rope_scaling {kind} ({', '.join(rest) or 'no more keys'}): rotary positions here are not scaled"
+    theta = rope.get("rope_theta")
+    if theta is not None and (not isinstance(theta, (int, float)) or isinstance(theta, bool)):
+        yield f"rope_theta {theta!r}: it must be a number"
     if getattr(config, "attention_bias", False):
         yield "attention_bias true: it puts a bias on o_proj, and only q, k and v can have one here (qkv_bias)"
     if getattr(config, "mlp_bias", False):
