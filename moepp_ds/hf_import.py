@@ -8,10 +8,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from data_pipeline.document import DataError
 from data_pipeline.manifest import read_manifest
 from data_pipeline.tokenizer import load_tokenizer
 from moepp_ds.config import ModelConfig, Recipe, RecipeError, load_recipe
-from moepp_ds.hf_folder import FolderError, HFFolder
+from moepp_ds.hf_folder import FolderError, HFFolder, identity, tensor_problems
 from moepp_ds.hf_names import (
     Layout,
     bias_names,
@@ -33,30 +30,14 @@ from moepp_ds.hf_names import (
     parts,
     unused_tensors,
 )
-from moepp_ds.start import refuse_a_run, write_start
-
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Old versions of transformers stored the rotary frequencies; they follow from rope_theta."""
+from moepp_ds.start import Started, refuse_a_run, write_start
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LINES = 40
-"""Tensors that an error names one by one."""
-
 FAR_MORE = 10
 """Times as many tensors as there are: then they are not even listed."""
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What `import_folder` wrote: the checkpoint's folder, the recipe of the run, and what the user should know."""
-
-    folder: Path
-    recipe: Recipe
-    notices: list[str]
-
-
-def import_folder(path: Path, run_dir: Path, recipe_path: Path, overrides: Sequence[str] = ()) -> Imported:
+def import_folder(path: Path, run_dir: Path, recipe_path: Path, overrides: Sequence[str] = ()) -> Started:
     """Write the run folder `run_dir` whose update 0 has the weights of the model folder `path`.
 
     recipe_path, overrides: the run; its model section need only say what differs from config.json, such as tau.
@@ -71,14 +52,9 @@ def import_folder(path: Path, run_dir: Path, recipe_path: Path, overrides: Seque
     biased = _check(folder, recipe.model, layout, tied=tied)
     notices = _notices(folder, recipe, layout, section, tied=tied, biased=biased)
     routing = {"bias_LE": _biases(folder, recipe.model), "share_LE": None} if biased else None
-    identity = {
-        "folder": str(path),
-        "model_type": folder.config["model_type"],
-        "config_sha256": hashlib.sha256((path / "config.json").read_bytes()).hexdigest(),
-    }
-    origin = {"program": "import", "from": [identity]}
+    origin = {"program": "import", "from": [identity(folder)]}
     written = write_start(run_dir, recipe, _pieces(folder, recipe.model, tied=tied), origin=origin, routing=routing)
-    return Imported(written, recipe, notices)
+    return Started(written, recipe, notices)
 
 
 def _pieces(folder: HFFolder, model: ModelConfig, *, tied: bool) -> Iterator[tuple[str, int, Tensor]]:
@@ -99,26 +75,10 @@ def _check(folder: HFFolder, model: ModelConfig, layout: Layout, *, tied: bool) 
     needed |= biases if biased else {}
     if tied:
         del needed[HEAD]
-    known = {**needed, **unused_tensors(model, layout)}
-    found = {name: tuple(shape) for name, shape in folder.shapes.items() if not IGNORED.fullmatch(name)}
-    problems = [
-        *(f"missing: {name} {_shown(shape)}" for name, shape in needed.items() if name not in found),
-        *(f"extra: {name} {_shown(shape)}" for name, shape in found.items() if name not in known),
-        *(
-            f"of another shape: {name} is {_shown(shape)}, the model's is {_shown(known[name])}"
-            for name, shape in found.items()
-            if name in known and shape != known[name]
-        ),
-        *(
-            f"of another kind: {name} is {str(folder.dtypes[name]).removeprefix('torch.')}, and weights must be plain "
-            "floating point numbers"
-            for name in found
-            if name in known and folder.dtypes[name] not in FLOATS
-        ),
-    ]
+    problems = list(tensor_problems(folder, needed, unused_tensors(model, layout)))
     if problems:
         hint = "config.json and the model section of the recipe say what it should hold"
-        raise FolderError("\n  ".join([f"{folder.path} does not hold this model; {hint}:", *_shortened(problems)]))
+        raise FolderError("\n  ".join([f"{folder.path} does not hold this model; {hint}:", *problems]))
     return biased
 
 
@@ -134,14 +94,6 @@ def _needed(folder: HFFolder, model: ModelConfig) -> dict[str, tuple[int, ...]]:
             "one model"
         )
     return needed
-
-
-def _shown(shape: Iterable[int]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
-
-
-def _shortened(lines: list[str]) -> list[str]:
-    return lines[:LINES] + ([f"and {len(lines) - LINES} more"] if len(lines) > LINES else [])
 
 
 def _notices(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.shapes import global_shapes
 from moepp_ds.checkpoint.writer import write_weights
 from moepp_ds.config import Recipe, RecipeError
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that begins from given weights: its checkpoint's folder, its recipe, and what the user should know."""
+
+    folder: Path
+    recipe: Recipe
+    notices: list[str]
 
 
 def write_start(

@@ -23,8 +23,9 @@ from data_pipeline.stream import open_stream
 from moepp_ds.config import RecipeError
 from moepp_ds.hf_export import export_checkpoint
 from moepp_ds.hf_folder import FolderError, HFFolder
-from moepp_ds.hf_import import Imported, import_folder
+from moepp_ds.hf_import import import_folder
 from moepp_ds.load import load_model
+from moepp_ds.start import Started
 
 FIRST_MAP = "model.layers.0.mlp.moe.gate.gate_map.weight"
 TOKENS = [5, 1, 36, 0, 17, 5, 8, 300, 511]
@@ -62,7 +63,7 @@ def released_folder(path: Path, **changes: Any) -> tuple[Path, dict[str, np.ndar
     return save_model(path, json.dumps(config), tensors), weights, config
 
 
-def imported(folder: Path, run: Path, model: str = "") -> Imported:
+def imported(folder: Path, run: Path, model: str = "") -> Started:
     return import_folder(folder, run, run_recipe(run.parent, model))
 
 
@@ -223,7 +224,9 @@ def test_a_recipe_of_another_size_is_refused(tmp_path: Path) -> None:
     folder, _, _ = released_folder(tmp_path / "folder")
     with pytest.raises(FolderError, match="does not hold this model(.|\n)*missing: model.layers.3") as caught:
         imported(folder, tmp_path / "run", "model: {num_layers: 9}")
-    assert str(caught.value).splitlines()[-1].endswith("more")
+    missing = [line for line in str(caught.value).splitlines() if line.startswith("  missing: ")]
+    assert {int(line.split(".")[2]) for line in missing} == set(range(3, 9))  # every tensor of all six layers
+    assert len({line.split(".", 3)[3] for line in missing}) == len(missing) / 6
     assert not (tmp_path / "run").exists()
 
 

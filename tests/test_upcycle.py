@@ -23,7 +23,8 @@ from moepp_ds.checkpoint.weights import WeightReader
 from moepp_ds.config import RecipeError
 from moepp_ds.hf_folder import FolderError
 from moepp_ds.model import MoEPlusPlusModel, initialize
-from moepp_ds.upcycle import Upcycled, upcycle
+from moepp_ds.start import Started
+from moepp_ds.upcycle import upcycle
 
 V, D = 64, 16
 SIZES = {
@@ -95,14 +96,14 @@ def write_recipe(path: Path, moe: dict[str, Any], *, data: str = "none", **model
 
 def made(
     tmp_path: Path, folders: Sequence[Path], moe: dict[str, Any], *sets: str, data: str = "none", **options: Any
-) -> tuple[MoEPlusPlusModel, Upcycled]:
+) -> tuple[MoEPlusPlusModel, Started]:
     """Upcycle into tmp_path/run, and the model that a run would start from."""
     recipe = write_recipe(tmp_path / "recipe.yaml", moe, data=data)
     done = upcycle(tmp_path / "run", recipe, folders, overrides=sets, **options)
     return model_of(done), done
 
 
-def model_of(done: Upcycled) -> MoEPlusPlusModel:
+def model_of(done: Started) -> MoEPlusPlusModel:
     reader = WeightReader(done.folder)
     model = MoEPlusPlusModel(done.recipe.model, eos_id=0).eval()
     with torch.no_grad():
@@ -324,8 +325,9 @@ def test_every_wrong_tensor_is_listed_and_nothing_is_written(tmp_path: Path) -> 
     assert lines[0] == f"{tmp_path}/hf does not hold the tensors that its config.json asks for:"
     assert set(lines[1:]) == {
         "missing: model.norm.weight [16]",
-        "shape: model.layers.0.block_sparse_moe.gate.weight is [4, 16], not [5, 16]",
-        "dtype: model.layers.1.block_sparse_moe.experts.4.w2.weight is int8; use bf16, fp16 or fp32 weights",
+        "of another shape: model.layers.0.block_sparse_moe.gate.weight is [4, 16], the model's is [5, 16]",
+        "of another kind: model.layers.1.block_sparse_moe.experts.4.w2.weight is int8, and weights must be plain "
+        "floating point numbers",
         "extra: model.layers.2.extra [1]",
     }
     assert not (tmp_path / "run").exists()

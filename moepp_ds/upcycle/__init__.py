@@ -20,6 +20,6 @@ The shards must be made with the checkpoint's own tokenizer; ids of another one 
 
 from __future__ import annotations
 
-from moepp_ds.upcycle.program import Upcycled, upcycle
+from moepp_ds.upcycle.program import upcycle
 
-__all__ = ["Upcycled", "upcycle"]
+__all__ = ["upcycle"]

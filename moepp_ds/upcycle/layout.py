@@ -8,18 +8,12 @@ FFN experts come in three forms, with F the width of one:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from moepp_ds.config import ModelConfig
-from moepp_ds.hf_folder import FolderError
+from moepp_ds.hf_folder import FolderError, tensor_problems
 from moepp_ds.upcycle.source import Checkpoint
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-BUFFERS = ("rotary_emb.inv_freq",)
-"""Ends of names that old checkpoints hold and that are no weights."""
 
 
 @dataclass(frozen=True)
@@ -132,23 +126,9 @@ def check_tensors(checkpoints: Sequence[tuple[Checkpoint, Layout]]) -> None:
     """Raise FolderError that lists every missing, extra, misshapen or non-float tensor of all folders."""
     lines = []
     for checkpoint, layout in checkpoints:
-        problems = list(_problems(checkpoint, layout))
+        problems = list(tensor_problems(checkpoint.folder, layout.shapes))
         if problems:
             heading = f"{checkpoint.folder.path} does not hold the tensors that its config.json asks for:"
             lines += [heading, *(f"  {problem}" for problem in problems)]
     if lines:
         raise FolderError("\n".join(lines))
-
-
-def _problems(checkpoint: Checkpoint, layout: Layout) -> Iterator[str]:
-    folder = checkpoint.folder
-    for name, shape in layout.shapes.items():
-        if name not in folder.shapes:
-            yield f"missing: {name} {shape}"
-        elif folder.shapes[name] != shape:
-            yield f"shape: {name} is {folder.shapes[name]}, not {shape}"
-        elif folder.dtypes[name] not in DTYPES:
-            yield f"dtype: {name} is {str(folder.dtypes[name]).removeprefix('torch.')}; use bf16, fp16 or fp32 weights"
-    for name in folder.shapes:
-        if name not in layout.shapes and not name.endswith(BUFFERS):
-            yield f"extra: {name} {folder.shapes[name]}"

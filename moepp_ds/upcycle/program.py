@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from moepp_ds.checkpoint.shapes import global_shapes
 from moepp_ds.config import Recipe
-from moepp_ds.hf_folder import FolderError
-from moepp_ds.start import refuse_a_run, write_start
+from moepp_ds.hf_folder import FolderError, identity
+from moepp_ds.start import Started, refuse_a_run, write_start
 from moepp_ds.upcycle.fit import check_data, load_fitting
 from moepp_ds.upcycle.layout import check_tensors, checkpoint_layout
 from moepp_ds.upcycle.parts import Experts, routed_parts
@@ -18,15 +16,6 @@ from moepp_ds.upcycle.pieces import Attention, Plan, Source, upcycled_pieces
 from moepp_ds.upcycle.source import Checkpoint, open_checkpoint
 
 DEFAULT_NOISE = 0.01
-
-
-@dataclass(frozen=True)
-class Upcycled:
-    """What `upcycle` wrote: the checkpoint's folder, the recipe of the run, and what the user should know."""
-
-    folder: Path
-    recipe: Recipe
-    notices: list[str]
 
 
 def upcycle(
@@ -38,7 +27,7 @@ def upcycle(
     attention: Attention | None = None,
     noise: float | None = None,
     overrides: Sequence[str] = (),
-) -> Upcycled:
+) -> Started:
     """Write a run folder whose update 0 starts from published weights.
 
     recipe_path, overrides: the run; its model section need only say what the checkpoint does not. experts: what becomes
@@ -67,13 +56,13 @@ def upcycle(
     )
     origin = {
         "program": "upcycle",
-        "from": [_identity(checkpoint) for checkpoint in checkpoints],
+        "from": [identity(checkpoint.folder) for checkpoint in checkpoints],
         "experts": become or "kept",
         "attention": "kept" if moe else plan.attention,
         "noise": noise,
     }
     folder = write_start(run_dir, recipe, upcycled_pieces(plan, global_shapes(recipe.model)), origin=origin)
-    return Upcycled(folder, recipe, notices)
+    return Started(folder, recipe, notices)
 
 
 def _agreed_kind(checkpoints: Sequence[Checkpoint]) -> bool:
@@ -114,9 +103,3 @@ def _advice(recipe: Recipe) -> list[str]:
         f"the {moe.num_zero_computation} zero-computation experts begin almost unused, and the balance loss is slow to "
         f"bring them in; --set model.moe.controller={{}} steers to {moe.mean_ffn_experts:.2f} FFN experts per token"
     ]
-
-
-def _identity(checkpoint: Checkpoint) -> dict[str, str]:
-    config = (checkpoint.folder.path / "config.json").read_bytes()
-    digest = hashlib.sha256(config).hexdigest()
-    return {"folder": str(checkpoint.folder.path), "model_type": checkpoint.model_type, "config_sha256": digest}
