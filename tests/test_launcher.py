@@ -214,9 +214,11 @@ ranks = [subprocess.Popen(sys.argv[1:], env=environment) for environment in envi
 sys.exit(max(abs(rank.wait()) for rank in ranks))
 """
 SUPERVISE = """
+import signal
 import sys
 from pathlib import Path
 from moepp_ds.launcher import Launch, supervise
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which children inherit
 run_dir, stop_grace, exit_grace, *command = sys.argv[1:]
 sys.exit(supervise(Launch(tuple(command), Path(run_dir), float(stop_grace), float(exit_grace))))
 """

@@ -57,8 +57,9 @@ def test_layouts_agree_on_other_designs(launch_deepspeed: LaunchDeepspeed, tmp_p
     }
     compare(design, runs)
     assert max(layer["dropped"] for record in runs[1, 1] for layer in record["layers"]) > 0
-    ratios = [[layer["gradient_ratio"] for layer in run[-1]["layers"]] for run in runs.values()]
-    assert min(ratios[0]) > 0 and ratios == [pytest.approx(ratios[0], rel=1e-2)] * len(ratios)
+    if design != "released":  # where a token's one computing expert weighs 1, only the balance loss moves its router
+        ratios = [[layer["gradient_ratio"] for layer in run[-1]["layers"]] for run in runs.values()]
+        assert min(ratios[0]) > 0 and ratios == [pytest.approx(ratios[0], rel=1e-2)] * len(ratios)
     for layer in runs[1, 1][-1]["layers"]:
         assert ("bias" in layer) == (design == "budget")
     if design == "budget":
