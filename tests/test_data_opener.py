@@ -6,7 +6,7 @@ import gzip
 import re
 import struct
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,15 @@ import zstandard
 
 from data_pipeline.document import DataError
 from data_pipeline.readers import opener
-from data_pipeline.readers.opener import SUFFIXES, read_lines
+from data_pipeline.readers.opener import SUFFIXES
 
 NOT_NEWLINES = "caf\u00e9 \u2028 \u0085 \x0b \x0c \x1c".encode()
 LINES = [b'{"text": "one"}', b"", b'{"text": "two"}\r', NOT_NEWLINES, b"last"]
 CONTENT = b"\n".join(LINES)
+
+
+def read_lines(path: str, **options) -> Iterator[bytes]:
+    return (line for line, _ in opener.read_lines(path, **options))
 
 
 def zstd(data: bytes, **options) -> bytes:
@@ -109,6 +113,28 @@ def test_truncation_is_found_at_every_byte(tmp_path, suffix, unit):
             path.write_bytes(complete + whole[:length])
             with pytest.raises(DataError, match=rf"file{suffix} is truncated: it ends inside a {unit}"):
                 list(read_lines(str(path)))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("block_bytes", [4, 7, 1 << 18])
+def test_every_line_comes_with_its_end_and_can_be_the_last_that_is_skipped(
+    tmp_path, suffix, block_bytes, monkeypatch
+):
+    path = str(packed(tmp_path, suffix))
+    monkeypatch.setattr(opener, "_BLOCK_BYTES", block_bytes)
+    lines = list(opener.read_lines(path))
+    ends = [len(b"\n".join(LINES[: place + 1])) + 1 for place in range(len(LINES))]
+    assert lines == list(zip(LINES, [*ends[:-1], len(CONTENT)], strict=True))
+    for place, (_, end) in enumerate(lines):
+        assert list(opener.read_lines(path, skip=end)) == lines[place + 1 :]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".json.gz"])
+@pytest.mark.parametrize("inner", ["gzip", "zstandard"])
+def test_what_was_compressed_twice_is_named(tmp_path, suffix, inner):
+    path = packed(tmp_path, suffix, PACK[inner](CONTENT))
+    with pytest.raises(DataError, match=f"file{suffix} is compressed twice: there is {inner} data inside"):
+        list(read_lines(str(path)))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".json.gz"])

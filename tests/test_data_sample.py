@@ -44,7 +44,7 @@ def documents(folder: Path) -> list[Document]:
     """Every training document, through the readers; there is no bad line."""
     found = []
     for corpus in READERS:
-        for file in reader_for(corpus).find_files(folder / corpus):
+        for file in reader_for(corpus).find_files(folder / corpus, split_bytes=1 << 30):
             for item in read_documents(file, corpus):
                 assert isinstance(item, Document), item
                 found.append(item)

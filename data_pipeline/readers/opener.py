@@ -12,16 +12,19 @@ the file is removed, and the last line needs no newline.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
 
 import zstandard
 
-from data_pipeline.document import GIT_LFS_POINTER, DataError
+from data_pipeline.document import GIT_LFS_POINTER, DataError, RawFile
+from data_pipeline.readers.storage import named_errors, open_binary
 
 SUFFIXES = {
     ".jsonl": "plain",
+    ".ndjson": "plain",
     ".jsonl.gz": "gzip",
     ".json.gz": "gzip",
     ".jsonl.zst": "zstandard",
@@ -50,58 +53,99 @@ def container_of(name: str) -> str | None:
     return next(matching, None)
 
 
-def read_lines(path: str) -> Iterator[bytes]:
-    """Yield the lines of `path` in order, without their `\\n`; blank lines too, so that counting works.
+def read_lines(
+    path: str, *, span: tuple[int, int] | None = None, skip: int = 0
+) -> Iterator[tuple[bytes, int]]:
+    """Yield the lines of a local path or URL in order, without their `\\n`, each with the offset just after it.
+
+    Blank lines too, so that counting works. `span`: read the bytes [start, stop) of a plain file as if they
+    were the file. `skip`: begin after so many bytes of the (decompressed) content, which must be the end of a
+    line; offsets go on from there. Plain files are entered at that place, compressed ones read up to it.
 
     Lines before a damaged place are yielded before the `DataError` is raised. Errors: unreadable, empty
     (also when only the decompressed content is), Git-LFS pointer, content that belies the suffix, truncated
-    or damaged data, trailing garbage, a line over `MAX_LINE_BYTES`.
+    or damaged data, trailing garbage, compressed twice, shorter than `span` or `skip`, a line over
+    `MAX_LINE_BYTES`.
     """
-    lines = _split(path)
-    yield next(lines).removeprefix(_BOM)
+    lines = _split(path, span, skip)
+    if not skip and (span is None or span[0] == 0):
+        line, end = next(lines)
+        yield line.removeprefix(_BOM), end
     yield from lines
 
 
-def _split(path: str) -> Iterator[bytes]:
-    """At least one line, or a `DataError`."""
+def line_start(file: BinaryIO, place: int, raw_file: RawFile) -> int:
+    """Offset of the first line that begins at or after `place` in a plain file; its size where none does."""
+    if place >= raw_file.size:
+        return raw_file.size
+    file.seek(place - 1)
+    read = 0
+    while block := file.read(_BLOCK_BYTES):
+        newline = block.find(b"\n")
+        if newline >= 0:
+            return place + read + newline
+        read += len(block)
+        if read > MAX_LINE_BYTES:
+            raise _too_long(raw_file.path)
+    return raw_file.size
+
+
+def _split(path: str, span: tuple[int, int] | None, skip: int) -> Iterator[tuple[bytes, int]]:
+    """At least one line when nothing is skipped, or a `DataError`."""
     pieces: list[bytes] = []  # of the line not yet ended; joined once, so a long line costs no more per byte
     held = 0
-    total = 0
-    for block in _content(path):
+    end = skip
+    for block in _content(path, span, skip):
         first, *rest = block.split(b"\n")
         pieces.append(first)
         held += len(first)
-        total += len(block)
         if held > MAX_LINE_BYTES:
-            raise DataError(
-                f"{path}: a line is longer than {MAX_LINE_BYTES} bytes; a corpus file holds one JSON object "
-                "a line (data_pipeline.readers.opener); convert it to JSON lines"
-            )
+            raise _too_long(path)
         if rest:
-            yield b"".join(pieces)
-            yield from rest[:-1]
-            pieces, held = [rest[-1]], len(rest[-1])
-    if not total:
+            end += held + 1
+            yield b"".join(pieces), end
+            last = rest.pop()
+            for line in rest:
+                end += len(line) + 1
+                yield line, end
+            pieces, held = [last], len(last)
+    if not end and not held:
         raise DataError(f"{path} is compressed, but empty: it holds 0 bytes; download it again or remove it")
     if held:
-        yield b"".join(pieces)
+        yield b"".join(pieces), end + held
 
 
-def _content(path: str) -> Iterator[bytes]:
-    """The decompressed bytes of `path`, block by block; blocks may be empty."""
-    try:
-        with open(path, "rb") as file:
-            first = file.read(_BLOCK_BYTES)
-            container = _checked_container(path, first)
-            blocks = _blocks(first, file)
-            if container == "gzip":
-                yield from _gunzip(blocks, path)
-            elif container == "zstandard":
-                yield from _unzstd(blocks, path)
-            else:
-                yield from blocks
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; check that it is there") from error
+def _content(path: str, span: tuple[int, int] | None, skip: int) -> Iterator[bytes]:
+    """The decompressed bytes of `path` after the first `skip`, block by block; blocks may be empty."""
+    with named_errors(path), open_binary(path) as file:
+        first = file.read(_BLOCK_BYTES)
+        container = _checked_container(path, first)
+        if container == "plain":
+            yield from _plain(path, file, first, span or (0, None), skip)
+            return
+        blocks = _gunzip(_blocks(first, file), path) if container == "gzip" else _unzstd(_blocks(first, file), path)
+        yield from _behind(_checked_once(blocks, path), path, skip)
+
+
+def _plain(
+    path: str, file: BinaryIO, first: bytes, span: tuple[int, int | None], skip: int
+) -> Iterator[bytes]:
+    start, stop = span
+    place = start + skip
+    if place:
+        size = file.seek(0, os.SEEK_END)
+        if place > size:
+            raise DataError(_shorter(path, size, place))
+        file.seek(place)
+        first = file.read(_BLOCK_BYTES)
+    for block in _blocks(first, file):
+        if stop is not None and place + len(block) >= stop:
+            yield block[: stop - place]
+            return
+        place += len(block)
+        yield block
+    if stop is not None and place < stop:
+        raise DataError(_shorter(path, place, stop))
 
 
 def _blocks(first: bytes, file: BinaryIO) -> Iterator[bytes]:
@@ -109,6 +153,33 @@ def _blocks(first: bytes, file: BinaryIO) -> Iterator[bytes]:
     while block:
         yield block
         block = file.read(_BLOCK_BYTES)
+
+
+def _behind(blocks: Iterator[bytes], path: str, skip: int) -> Iterator[bytes]:
+    """What comes after the first `skip` bytes."""
+    left = skip
+    for block in blocks:
+        if left >= len(block):
+            left -= len(block)
+        else:
+            yield block[left:] if left else block
+            left = 0
+    if left:
+        raise DataError(_shorter(path, skip - left, skip))
+
+
+def _checked_once(blocks: Iterator[bytes], path: str) -> Iterator[bytes]:
+    """The same blocks, unless what was unpacked is packed once more, as some servers send files."""
+    head = b""
+    for block in blocks:
+        if len(head) < 4:
+            head += block[:4]
+            inner = next((name for name, magic in _MAGIC.items() if head.startswith(magic)), None)
+            if inner:
+                raise DataError(
+                    f"{path} is compressed twice: there is {inner} data inside; unpack it once, or download it again"
+                )
+        yield block
 
 
 def _checked_container(path: str, head: bytes) -> str:
@@ -186,4 +257,15 @@ def _truncated(path: str, unit: str) -> str:
     return (
         f"{path} is truncated: it ends inside a {unit}, so lines are missing at its end; download it again "
         "(compare its size with the publisher's)"
+    )
+
+
+def _shorter(path: str, size: int, wanted: int) -> str:
+    return f"{path} holds {size:,} bytes, but was to be read from or up to byte {wanted:,}: it has changed since then"
+
+
+def _too_long(path: str) -> DataError:
+    return DataError(
+        f"{path}: a line is longer than {MAX_LINE_BYTES} bytes; a corpus file holds one JSON object "
+        "a line (data_pipeline.readers.opener); convert it to JSON lines"
     )

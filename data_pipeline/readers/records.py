@@ -8,11 +8,18 @@ twice the last one counts, as with every common JSON parser.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import orjson
 
-from data_pipeline.document import DataError
+from data_pipeline.document import DataError, RawFile
+from data_pipeline.readers.opener import read_lines
+from data_pipeline.readers.tables import is_table, read_rows
+
+_FIRST_RECORDS = 1_000
+_FIRST_BYTES = 1 << 18
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
@@ -40,7 +47,21 @@ def _parse_leniently(line: bytes) -> Any:
         raise DataError(f"not usable JSON: {error}") from error
 
 
-def text_of(record: dict[str, Any]) -> str:
+def first_records(raw_file: RawFile) -> Iterator[Mapping[str, Any]]:
+    """The records at the start of a file (256 KiB, at most 1,000), to tell what it holds; bad lines left out."""
+    if is_table(raw_file.path):
+        yield from islice(read_rows(raw_file.path, 0), _FIRST_RECORDS)
+        return
+    for line, end in islice(read_lines(raw_file.path, span=raw_file.span), _FIRST_RECORDS):
+        try:
+            yield parse_object(line)
+        except DataError:
+            pass  # a blank or a bad line: it is counted when the file is read
+        if end > _FIRST_BYTES:
+            return
+
+
+def text_of(record: Mapping[str, Any]) -> str:
     """The field `text` of `record`: a non-empty string, encodable as UTF-8. Raises `DataError` otherwise."""
     if "text" not in record:
         raise DataError(f"no field 'text' (fields: {', '.join(map(repr, list(record)[:10])) or 'none'})")
@@ -49,7 +70,7 @@ def text_of(record: dict[str, Any]) -> str:
         raise DataError(f"field 'text' is {_kind(text)}, not a string")
     if not text:
         raise DataError("field 'text' is empty")
-    place = lone_surrogate(text)
+    place = None if text.isascii() else lone_surrogate(text)
     if place is not None:
         raise DataError(f"text holds the lone surrogate U+{ord(text[place]):04X} at character {place + 1}")
     return text
