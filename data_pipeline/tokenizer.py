@@ -6,6 +6,9 @@
     3. `encode_batch` turns texts into ids. Nothing is added (no BOS, no EOS: document ends come later) and
        special tokens written in a text stay text.
 
+SentencePiece models of LLaMA-2's kind are encoded through `word_cache`, which gives the same ids several times
+faster; `plain_because` says why a tokenizer is not.
+
 `fingerprint` is the SHA-256 over kind, end-of-document id and the file's bytes. Shards carry it, so that
 tokens are never read with another tokenizer than the one that made them.
 """
@@ -16,6 +19,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -24,11 +28,17 @@ import sentencepiece
 import tokenizers
 
 from data_pipeline.document import GIT_LFS_POINTER, DataError
+from data_pipeline.word_cache import CacheStatistics, ModelProto, WordCache, objections
 
 Kind = Literal["sentencepiece", "huggingface"]
 
 EOS_CANDIDATES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 """End-of-document tokens of the common tokenizer families: LLaMA-2; GPT-NeoX, Qwen, OLMo; LLaMA-3; Gemma."""
+
+CHECKED_CHARACTERS = 1 << 16
+"""Text that `encode_batch(..., check=True)` also encodes without the word cache: some 25 ms."""
+CACHED_CHARACTERS = 1_000
+"""Batches of less text are not worth the word cache's few hundred microseconds a call."""
 
 
 class Tokenizer(ABC):
@@ -43,21 +53,35 @@ class Tokenizer(ABC):
     """How that id is written, such as `</s>`."""
     fingerprint: str
     """64 hexadecimal digits; equal exactly when kind, file and end-of-document id are."""
+    plain_because: tuple[str, ...]
+    """Why texts are encoded by the library alone, at its own speed; empty when the word cache is used."""
 
     @abstractmethod
+    def _plain(self, texts: list[str]) -> list[np.ndarray]:
+        """What the library makes of the texts, without checks: one 1-D int32 array for each."""
+
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode without checks: one 1-D int32 array for each text."""
+        """The same ids, by the fastest way there is."""
+        return self._plain(texts)
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of `ids`, each in [0, vocab_size). SentencePiece shows control pieces (EOS) as nothing."""
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def cache_statistics(self) -> CacheStatistics | None:
+        """What the word cache did since the tokenizer was loaded; None without one."""
+        return None
+
+    def encode_batch(self, texts: Sequence[str], *, check: bool = False) -> list[np.ndarray]:
         """Encode each text by itself.
 
+        check: encode the first `CHECKED_CHARACTERS` without the word cache too, and raise `DataError` if an id
+            differs. For the first batch of every file.
         Returns one 1-D int32 array per text, possibly read-only, possibly empty. Raises `DataError` when one
         of them would hold `eos_id`. Texts must be encodable as UTF-8 (readers let no lone surrogate through).
         """
+        if check:
+            self._check(texts)
         arrays = self._encode(list(texts))
         for text, ids_N in zip(texts, arrays):
             if (ids_N == self.eos_id).any():
@@ -67,13 +91,30 @@ class Tokenizer(ABC):
                 )
         return arrays
 
+    def _check(self, texts: Sequence[str]) -> None:
+        sample: list[str] = []
+        left = 0 if self.plain_because else CHECKED_CHARACTERS
+        for text in texts:
+            if left <= 0:
+                break
+            sample.append(text[:left])
+            left -= len(text)
+        for text, ids_N, plain_N in zip(sample, self._encode(sample), self._plain(sample)):
+            if not np.array_equal(ids_N, plain_N):
+                raise DataError(
+                    f"the word cache encodes the text {_excerpt(text)} otherwise than the tokenizer's own library"
+                    f" does (tokenizer {self.fingerprint[:12]}, data_pipeline.word_cache), which must never be;"
+                    " please report it with the tokenizer, and until then encode without the cache:"
+                    " load_tokenizer(..., word_cache=False)"
+                )
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, run on the calling thread (workers are processes: threads would contend)."""
 
     kind: Kind = "sentencepiece"
 
-    def __init__(self, data: bytes, *, path: str, eos: str | None = None) -> None:
+    def __init__(self, data: bytes, *, path: str, eos: str | None = None, word_cache: bool = True) -> None:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
@@ -85,6 +126,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.eos_id = self._find_eos(path, eos)
         self.eos_token = self._processor.id_to_piece(self.eos_id)
         self.fingerprint = _fingerprint(self.kind, self.eos_id, data)
+        self._model = ModelProto.FromString(data)
+        self.plain_because = tuple(objections(self._model)) if word_cache else ("the word cache is switched off",)
+        self._cache: WordCache | None = None
 
     def _find_eos(self, path: str, eos: str | None) -> int:
         if eos is None:
@@ -104,7 +148,18 @@ class SentencePieceTokenizer(Tokenizer):
         ids = range(self._processor.vocab_size())
         return [self._processor.id_to_piece(i) for i in ids if self._processor.is_control(i)]
 
+    def cache_statistics(self) -> CacheStatistics | None:
+        """See `Tokenizer`."""
+        return None if self._cache is None else self._cache.statistics()
+
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        if self.plain_because or sum(map(len, texts)) < CACHED_CHARACTERS:
+            return self._plain(texts)
+        if self._cache is None:  # made when it is needed: many who load a tokenizer only decode
+            self._cache = WordCache(self._model)
+        return self._cache.encode(texts)
+
+    def _plain(self, texts: list[str]) -> list[np.ndarray]:
         return self._processor.encode(
             texts,
             out_type="numpy",
@@ -127,6 +182,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     kind: Kind = "huggingface"
+    plain_because = ("it is a Hugging Face tokenizer",)
 
     def __init__(self, data: bytes, *, path: str, eos: str | None = None) -> None:
         try:
@@ -149,7 +205,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = eos_id
         self.fingerprint = _fingerprint(self.kind, self.eos_id, data)
 
-    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    def _plain(self, texts: list[str]) -> list[np.ndarray]:
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception, such as for a vocabulary without [UNK]
@@ -178,18 +234,28 @@ def _usual_eos(path: str, special: Sequence[str]) -> str:
     return found[0]
 
 
-def load_tokenizer(path: str | os.PathLike[str], eos: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str], eos: str | None = None, *, word_cache: bool = True) -> Tokenizer:
     """Load a SentencePiece `.model` or a Hugging Face `tokenizer.json`.
 
     eos: the end-of-document token. None takes the model's own end-of-sentence piece (SentencePiece), or the
         one of `EOS_CANDIDATES` that the file has as a special token (Hugging Face).
+    word_cache: False encodes with the library alone; for comparisons.
     Raises `DataError` when the file is missing, empty, a Git-LFS pointer or no tokenizer, and when the
     end-of-document token is missing, ambiguous, or comes out of a text that mentions it.
+
+    Loaded again with nothing changed, it is the same object: a worker that builds many files keeps its words.
     """
-    data = _read(Path(path))
-    kind = HuggingFaceTokenizer if data.lstrip()[:1] == b"{" else SentencePieceTokenizer
-    tokenizer = kind(data, path=str(path), eos=eos)
-    _prove_eos_is_no_text(tokenizer, str(path))
+    return _loaded(_read(Path(path)), str(path), eos, word_cache)
+
+
+@lru_cache(maxsize=1)
+def _loaded(data: bytes, path: str, eos: str | None, word_cache: bool) -> Tokenizer:
+    tokenizer: Tokenizer
+    if data.lstrip()[:1] == b"{":
+        tokenizer = HuggingFaceTokenizer(data, path=path, eos=eos)
+    else:
+        tokenizer = SentencePieceTokenizer(data, path=path, eos=eos, word_cache=word_cache)
+    _prove_eos_is_no_text(tokenizer, path)
     return tokenizer
 
 
@@ -219,7 +285,7 @@ def _prove_eos_is_no_text(tokenizer: Tokenizer, path: str) -> None:
     """Refuse a tokenizer that turns the written form of its end-of-document token into that token's id."""
     eos = tokenizer.eos_token
     probes = [eos, f"a {eos} b", f"a{eos}b", eos + eos]
-    if any((ids_N == tokenizer.eos_id).any() for ids_N in tokenizer._encode(probes)):
+    if any((ids_N == tokenizer.eos_id).any() for ids_N in tokenizer._plain(probes)):
         raise DataError(
             f"{path} reads the text {eos!r} as the end-of-document id {tokenizer.eos_id}, so a document "
             "that mentions it would be cut in two (data_pipeline.tokenizer); mark the token as special "

@@ -49,11 +49,12 @@ class Words(Tokenizer):
     eos_id = 1
     eos_token = "</s>"
     fingerprint = "0" * 64
+    plain_because = ("it is made of whole words",)
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+    def _plain(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array([int(word) for word in text.split()], dtype=np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

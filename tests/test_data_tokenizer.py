@@ -13,7 +13,7 @@ from tokenizers import models, pre_tokenizers, processors
 
 from data_pipeline.document import DataError, Document
 from data_pipeline.readers import read_documents, reader_for
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real_files = pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data with the real files")
@@ -88,6 +88,53 @@ def test_sentencepiece_end_that_a_text_could_forge_is_refused(tmp_path):
     path = sentencepiece_model(tmp_path, user_defined_symbols=["<end>"])
     with pytest.raises(DataError, match="reads the text '<end>' as the end-of-document id 3, .* cut in two"):
         load_tokenizer(path, eos="<end>")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(model_type="unigram", vocab_size=290), "its type is UNIGRAM, not BPE"),
+        (dict(normalization_rule_name="nmt_nfkc"), r"it normalises text (nmt_nfkc)"),
+        (dict(user_defined_symbols=["a b"]), "its piece 'a b' holds a space that is no word mark"),
+    ],
+)
+def test_sentencepiece_models_that_the_word_cache_is_not_for_are_encoded_plainly(tmp_path, options, reason):
+    path = sentencepiece_model(tmp_path, **options)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.plain_because == (reason,)
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    texts = [*HARD, "a b  c", "\uff21 \ufb01"]
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts, check=True)] == plain.encode(texts)
+    assert tokenizer.cache_statistics() is None
+
+
+def test_word_cache_is_made_when_it_is_needed_and_can_be_switched_off(tmp_path):
+    path = sentencepiece_model(tmp_path)
+    cached, plain = load_tokenizer(path), load_tokenizer(path, word_cache=False)
+    assert (cached.plain_because, plain.plain_because) == ((), ("the word cache is switched off",))
+    assert cached.fingerprint == plain.fingerprint
+    assert cached.cache_statistics() is None
+    for texts in (HARD, HARD * 50):  # little text is encoded plainly in any case
+        assert cached.cache_statistics() is None
+        for ids, expected in zip(cached.encode_batch(texts, check=True), plain.encode_batch(texts, check=True)):
+            assert ids.tolist() == expected.tolist()
+    statistics = cached.cache_statistics()
+    assert statistics is not None and statistics.units > statistics.encoded_units > 0
+    assert plain.cache_statistics() is None
+
+
+def test_check_finds_ids_that_are_not_the_librarys_own(tmp_path):
+    class Damaged(SentencePieceTokenizer):
+        def _encode(self, texts):
+            return [ids[:-1] if "fox" in text else ids for text, ids in zip(texts, self._plain(texts))]
+
+    data = sentencepiece_model(tmp_path).read_bytes()
+    tokenizer = Damaged(data, path="some.model")
+    assert len(tokenizer.encode_batch(["the dog", "the lazy"], check=True)) == 2
+    with pytest.raises(DataError, match="the word cache encodes the text 'the fox' otherwise .* word_cache=False"):
+        tokenizer.encode_batch(["the dog", "the fox"], check=True)
+    far = ["the dog " * 10_000, "the fox"]  # only the beginning of a batch is checked
+    assert len(tokenizer.encode_batch(far, check=True)) == 2
 
 
 # --- Hugging Face ---
@@ -178,6 +225,14 @@ def test_fingerprint_tells_file_and_end_apart_but_not_place(tokenizer_file, tmp_
         assert load_tokenizer(moved).fingerprint != original.fingerprint
 
 
+def test_a_tokenizer_loaded_again_is_the_same_object_until_its_file_changes(tokenizer_file):
+    tokenizer = load_tokenizer(tokenizer_file)
+    assert load_tokenizer(tokenizer_file) is tokenizer
+    if tokenizer.kind == "huggingface":
+        tokenizer_file.write_bytes(tokenizer_file.read_bytes() + b"\n")
+        assert load_tokenizer(tokenizer_file) is not tokenizer
+
+
 @pytest.mark.parametrize("bad", [-1, 100_000])
 def test_ids_out_of_range_are_another_tokenizers(tokenizer_file, bad):
     tokenizer = load_tokenizer(tokenizer_file)
@@ -218,7 +273,7 @@ def test_llama2_encodes_real_documents_as_plain_sentencepiece_does():
     assert tokenizer.encode_batch(["Hello world</s>"])[0].tolist() == [15043, 3186, 829, 29879, 29958]
     plain = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for corpus in ("dolma", "pile"):
-        for file in reader_for(corpus).find_files(SHARED / corpus):
+        for file in reader_for(corpus).find_files(SHARED / corpus, split_bytes=1 << 30):
             texts = [item.text for item in read_documents(file, corpus) if isinstance(item, Document)]
             arrays = tokenizer.encode_batch(texts)
             assert [ids.tolist() for ids in arrays] == plain.encode(texts)
