@@ -1,8 +1,13 @@
-"""A shard set for people: as a tree with sizes and shares, and its rows as text."""
+"""A shard set for people: as a tree with sizes and shares, and its rows as text.
+
+The trees are made of facts in JSON values, which `moepp-data describe --json` prints as they are.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +15,11 @@ from rich.markup import escape
 from rich.text import Text
 from rich.tree import Tree
 
-from data_pipeline.config import DataConfig, flatten_mixture
-from data_pipeline.manifest import FileRecord, Manifest, read_manifest
-from data_pipeline.mixture import SLOTS, slot_quotas
-from data_pipeline.stream import claim_files, open_stream
+from data_pipeline.census import census
+from data_pipeline.config import DataConfig
+from data_pipeline.manifest import read_manifest
+from data_pipeline.mixture import SLOTS
+from data_pipeline.stream import claim_files, open_mixture, open_stream, source_tokens
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 
 _UNITS = ("", "K", "M", "B", "T")
@@ -27,72 +33,144 @@ def amount(number: float) -> str:
     return f"{number:.1f}{_UNITS[step]}" if step else f"{number:,.0f}"
 
 
-def describe_set(root: Path) -> Tree:
-    """The set at `root` as a tree of its source labels, with files, documents, tokens and bad lines."""
+def set_facts(root: Path) -> dict[str, Any]:
+    """What the set at `root` holds, in JSON values: its settings, and a census by source label."""
     manifest = read_manifest(root)
-    settings, tokenizer = manifest.settings, manifest.settings.tokenizer
-    tree = Tree(f"[bold]{escape(str(root))}[/]  {_sizes(manifest.files)}")
+    sources = census(manifest)
+    return {
+        "path": str(root),
+        "settings": asdict(manifest.settings),
+        "sources": [{**asdict(one), "tokens_per_byte": one.tokens_per_byte} for one in sources],
+    }
+
+
+def describe_set(facts: Mapping[str, Any]) -> Tree:
+    """`set_facts` as a tree of source labels, with files, documents, tokens and what was left out."""
+    settings, sources = facts["settings"], facts["sources"]
+    tokenizer = settings["tokenizer"]
+    tree = Tree(f"[bold]{escape(facts['path'])}[/]  {_sizes(sources)}")
     tree.add(
-        f"tokenizer  {escape(tokenizer.file)}, {tokenizer.vocab_size:,} ids, end"
-        f" {escape(tokenizer.eos_token)} = {tokenizer.eos_id}, {tokenizer.fingerprint[:12]}"
+        f"tokenizer  {escape(tokenizer['file'])}, {tokenizer['vocab_size']:,} ids, end"
+        f" {escape(tokenizer['eos_token'])} = {tokenizer['eos_id']}, {tokenizer['fingerprint'][:12]}"
     )
-    tree.add(f"held out  {settings.held_out:.3%} of documents; parts of {settings.part_tokens:,} tokens")
+    left_out = ", ".join(settings["pile_exclude"])
+    tree.add(
+        f"held out  {settings['held_out']:.3%} of documents; parts of {settings['part_tokens']:,} tokens"
+        + ("; equal texts once" if settings["dedup"] else "")
+        + (f"; without {escape(left_out)} of the Pile" if left_out else "")
+    )
     branches: dict[str, Tree] = {"": tree.add("sources")}
-    for label in manifest.labels():
+    for label in (one["source"] for one in sources):
         steps = label.split("/")
         for depth in range(len(steps)):
             name, above = "/".join(steps[: depth + 1]), "/".join(steps[:depth])
             if name not in branches:
-                below = [file for file in manifest.files if f"{file.source}/".startswith(name + "/")]
+                below = [one for one in sources if f"{one['source']}/".startswith(name + "/")]
                 branches[name] = branches[above].add(f"[bold]{escape(steps[depth])}[/]  {_sizes(below)}")
     return tree
 
 
-def _sizes(files: Sequence[FileRecord]) -> str:
-    train, held_out = [file.train for file in files], [file.held_out for file in files]
-    tokens, text_bytes = sum(split.tokens for split in train), sum(split.text_bytes for split in train)
-    bad_lines = sum(file.bad_lines for file in files)
+def _sizes(sources: Sequence[Mapping[str, Any]]) -> str:
+    total: Counter[str] = Counter()
+    for one in sources:
+        total.update({key: value for key, value in one.items() if isinstance(value, int)})
     parts = [
-        f"{len(files):,} files",
-        f"{amount(sum(split.documents for split in train))} documents",
-        f"{amount(tokens)} tokens",
-        f"{text_bytes / max(tokens, 1):.2f} bytes a token",
-        f"{amount(sum(split.tokens for split in held_out))} tokens held out",
+        f"{total['files']:,} files",
+        f"{amount(total['documents'] - total['held_out_documents'])} documents",
+        f"{amount(total['tokens'] - total['held_out_tokens'])} tokens",
+        f"{total['text_bytes'] / max(total['tokens'], 1):.2f} bytes a token",
+        f"{amount(total['held_out_tokens'])} tokens held out",
     ]
-    return " · ".join(parts + ([f"[yellow]{bad_lines:,} bad lines[/]"] if bad_lines else []))
+    left_out = {"bad_lines": "bad lines", "excluded": "documents excluded", "duplicates": "duplicates dropped"}
+    parts += [f"[yellow]{total[key]:,} {said}[/]" for key, said in left_out.items() if total[key]]
+    return " · ".join(parts)
 
 
-def describe_mixture(
-    root: Path, mixture: str | Mapping[str, Any], *, token_budget: int | None = None
-) -> Tree:
-    """The mixture over the set at `root`: share and slots of each source, and its epochs at a token
-    budget."""
-    manifest = read_manifest(root)
-    flat = flatten_mixture(mixture)
-    quotas = slot_quotas(flat.weights)
-    claimed = claim_files(manifest, list(flat.weights))
-    title = mixture if isinstance(mixture, str) else "mixture"
-    tree = Tree(f"[bold]{escape(title)}[/]" + (f"  [yellow]{flat.notice}[/]" if flat.notice else ""))
-    for name, weight in flat.weights.items():
-        tokens = sum(file.train.tokens for file in claimed[name])
-        line = (
-            f"[bold]{escape(name)}[/]  {float(weight):.4%} = {quotas[name]:,} of {SLOTS:,} slots,"
-            f" {amount(tokens)} tokens"
+def mixture_facts(config: DataConfig, *, token_budget: int | None = None) -> dict[str, Any]:
+    """What a run with this configuration draws from the set at `config.path`, in JSON values.
+
+    Stages are those of the recipe and those that begin where a source has given its epochs. With a budget,
+    `tokens_drawn` and `epochs` tell what the run takes of each source, whole rows alone.
+    """
+    manifest = read_manifest(Path(config.path))
+    tokens = source_tokens(config, manifest)
+    mixture = open_mixture(config, tokens)
+    rows = None
+    if token_budget is not None:
+        asked = token_budget // config.seq_len
+        rows = asked if mixture.rows_total is None else min(asked, mixture.rows_total)
+    drawn = mixture.drawn(rows or 0)
+    sources: dict[str, dict[str, Any]] = {}
+    for name in mixture.names:
+        limit = config.epoch_limit(name)
+        sources[name] = {"tokens": tokens[name], "max_epochs": None if limit is None else float(limit)}
+        if rows is not None:
+            sources[name]["tokens_drawn"] = drawn[name] * config.seq_len
+            sources[name]["epochs"] = drawn[name] * config.seq_len / tokens[name] if tokens[name] else None
+    used = {file.source for files in claim_files(manifest, mixture.names).values() for file in files}
+    return {
+        "mixture": config.mixture if isinstance(config.mixture, str) else None,
+        "notices": config.notices,
+        "seq_len": config.seq_len,
+        "token_budget": token_budget,
+        "stages": [
+            {
+                "first_row": stage.start,
+                "stop_row": stage.stop,
+                "sources": {
+                    name: {"weight": float(weight), "slots": quota, "rounded": weight * SLOTS != quota}
+                    for (name, weight), quota in zip(stage.mixture.weights.items(), stage.mixture.quotas.values())
+                },
+            }
+            for stage in mixture.stages
+        ],
+        "rows_total": mixture.rows_total,
+        "ended_by": mixture.ended_by,
+        "sources": sources,
+        "without_weight": [label for label in manifest.labels() if label not in used],
+    }
+
+
+def describe_mixture(facts: Mapping[str, Any]) -> Tree:
+    """`mixture_facts` as a tree: share and slots of each source in each stage, and its epochs at the budget."""
+    title = facts["mixture"] or "mixture"
+    tree = Tree(f"[bold]{escape(title)}[/]" + "".join(f"  [yellow]{notice}[/]" for notice in facts["notices"]))
+    stages = facts["stages"]
+    for number, stage in enumerate(stages, start=1):
+        branch = tree if len(stages) == 1 else tree.add(_stage_line(number, stage, facts["seq_len"]))
+        for name, share in stage["sources"].items():
+            line = f"[bold]{escape(name)}[/]  {share['weight']:.4%} = {share['slots']:,} of {SLOTS:,} slots"
+            if share["rounded"]:
+                line += f" [yellow](rounded to {share['slots'] / SLOTS:.2%})[/]"
+            branch.add(line + (f", {_epochs(facts, name)}" if branch is tree else ""))
+    if len(stages) > 1:
+        branch = tree.add("sources")
+        for name in facts["sources"]:
+            branch.add(f"[bold]{escape(name)}[/]  {_epochs(facts, name)}")
+    if facts["rows_total"] is not None:
+        tree.add(
+            f"[yellow]the stream ends after {facts['rows_total']:,} rows ="
+            f" {amount(facts['rows_total'] * facts['seq_len'])} tokens: {escape(facts['ended_by'])} has given all of"
+            " its epochs[/]"
         )
-        if weight * SLOTS != quotas[name]:
-            line += f" [yellow](rounded to {quotas[name] / SLOTS:.2%})[/]"
-        if token_budget is not None and tokens:
-            epochs = token_budget * quotas[name] / SLOTS / tokens
-            line += f", {epochs:.2f} epochs in a run of {amount(token_budget)} tokens"
-        tree.add(line)
-    for label in _unclaimed(manifest, claimed):
+    for label in facts["without_weight"]:
         tree.add(f"[yellow]{escape(label)}  has no weight: it is not trained on[/]")
     return tree
 
 
-def _unclaimed(manifest: Manifest, claimed: Mapping[str, Sequence[FileRecord]]) -> list[str]:
-    used = {file.source for files in claimed.values() for file in files}
-    return [label for label in manifest.labels() if label not in used]
+def _stage_line(number: int, stage: Mapping[str, Any], seq_len: int) -> str:
+    first, stop = stage["first_row"], stage["stop_row"]
+    if stop is None:
+        return f"stage {number}  from row {first:,} on"
+    return f"stage {number}  rows {first:,} to {stop - 1:,}, {amount((stop - first) * seq_len)} tokens"
+
+
+def _epochs(facts: Mapping[str, Any], name: str) -> str:
+    source, budget = facts["sources"][name], facts["token_budget"]
+    line = f"{amount(source['tokens'])} tokens"
+    if source.get("epochs") is not None:
+        line += f", {source['epochs']:.2f} epochs in a run of {amount(budget)} tokens"
+    return line + ("" if source["max_epochs"] is None else f", at most {source['max_epochs']:g} epochs")
 
 
 def show_rows(config: DataConfig, first: int, count: int) -> Iterator[Text]:

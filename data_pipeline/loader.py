@@ -8,7 +8,8 @@ A micro batch is the same group of rows in every layout; only who computes it ch
 number of rows consumed, so a resume is an index: nothing is replayed, and the world may differ.
 
 One thread in this process is enough (rows are slices of memory maps). It runs a few steps ahead; what it has
-fetched and training has not taken does not count as consumed.
+fetched and training has not taken does not count as consumed. Rows are released once every rank must have them:
+ranks take their steps together, so none is more than a step behind.
 """
 
 from __future__ import annotations
@@ -18,27 +19,17 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from data_pipeline.document import DataError
+from data_pipeline.row_source import Rows
 
 AHEAD_STEPS = 2
 """Steps that are kept ready."""
-
-
-class Rows(Protocol):
-    """What the loader needs of a stream; `stream.RowStream` is one."""
-
-    fingerprint: str
-    order: dict[str, Any]
-
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of rows, int64 [n, S + 1]."""
-
-    def sources(self, indices: np.ndarray) -> np.ndarray:
-        """Source of each row, int64 [n]."""
+RELEASED_AFTER_STEPS = 2
+"""Steps that are kept behind the last one taken."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class Batch:
     """One micro batch."""
 
     tokens_BS1: np.ndarray
-    """int64 [micro_batch_size, S + 1]: inputs are [:, :-1], targets [:, 1:]."""
+    """int64 or int32 [micro_batch_size, S + 1]: inputs are [:, :-1], targets [:, 1:]."""
     row_start: int
     """Index in the stream of its first row; the others follow it."""
     source_B: np.ndarray
@@ -54,10 +45,10 @@ class Batch:
 
 
 class Loader:
-    """Iterates over steps without end; a step is a list of this rank's micro batches, one per accumulation.
+    """Iterates over steps; a step is a list of this rank's micro batches, one per accumulation.
 
-    Start afresh at `start_step`, or where `state` (of `state()`, from any rank of any world) says. Use it as
-    a context manager, or call `close`.
+    Start afresh at `start_step`, or where `state` (of `state()`, from any rank of any world) says. It ends with
+    the last whole step where the stream has an end. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -70,14 +61,17 @@ class Loader:
         micro_batch_size: int,
         start_step: int = 0,
         state: Mapping[str, Any] | None = None,
+        dtype: Literal["int64", "int32"] = "int64",
     ) -> None:
         self._check_layout(rank, world, batch_rows, micro_batch_size)
-        self._stream = stream
+        self._stream, self._dtype = stream, np.dtype(dtype)
         self._rank, self._world = rank, world
         self._batch_rows, self._micro = batch_rows, micro_batch_size
         self._step, self._row = start_step, start_step * batch_rows
         if state is not None:
             self._step, self._row = check_position(state, stream)
+        if self._row:
+            stream.seek(self._row, (state or {}).get("position", {}))
         self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=AHEAD_STEPS)
         self._failure: BaseException | None = None
         self._closing = threading.Event()
@@ -115,6 +109,7 @@ class Loader:
             if not isinstance(ready, BaseException):
                 self._step += 1
                 self._row += self._batch_rows
+                self._stream.release(max(self._row - RELEASED_AFTER_STEPS * self._batch_rows, 0))
                 return ready
             self._failure = ready
         raise self._failure
@@ -124,6 +119,7 @@ class Loader:
         return {
             "step": self._step,
             "rows": self._row,
+            "position": self._stream.position(self._row),
             "fingerprint": self._stream.fingerprint,
             "order": dict(self._stream.order),
         }
@@ -148,7 +144,11 @@ class Loader:
     def _fetch(self, first_row: int) -> None:
         """The thread: put one step after another into the queue until closed; an error goes the same way."""
         try:
+            end = self._stream.rows_total
             while not self._closing.is_set():
+                if end is not None and first_row + self._batch_rows > end:
+                    self._ready.put(StopIteration())
+                    return
                 self._ready.put(self._batches(first_row))
                 first_row += self._batch_rows
         except BaseException as error:  # handed to the consumer, who raises it
@@ -158,7 +158,8 @@ class Loader:
         stride = self._micro * self._world
         starts = np.arange(first_row + self._rank * self._micro, first_row + self._batch_rows, stride)
         indices = (starts[:, None] + np.arange(self._micro)).ravel()
-        tokens, sources = self._stream.rows(indices), self._stream.sources(indices)
+        tokens = self._stream.rows(indices).astype(self._dtype, copy=False)
+        sources = self._stream.sources(indices)
         return [
             Batch(
                 tokens[place * self._micro : (place + 1) * self._micro],

@@ -16,6 +16,7 @@ the end of each block only.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -23,49 +24,32 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipeline.config import nearest
 from data_pipeline.document import DataError
 from data_pipeline.order import derive_key, permutation
-
-SLOTS = 10_000
-
-
-def slot_quotas(weights: Mapping[str, Fraction]) -> dict[str, int]:
-    """Slots of each source, sum 10,000, by largest remainder; of equal ones the name that sorts first wins.
-
-    `weights` sum to one. Raises DataError for a source that would be left without a slot.
-    """
-    exact = {name: weight * SLOTS for name, weight in weights.items()}
-    quotas = {name: int(share) for name, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (quotas[name] - exact[name], name))
-    for name in by_remainder[: SLOTS - sum(quotas.values())]:
-        quotas[name] += 1
-    for name, quota in quotas.items():
-        if quota == 0:
-            raise DataError(
-                f"mixture weight of {name!r} is {float(weights[name]):.3g} of the total, which rounds to no"
-                f" slot of {SLOTS:,}; the smallest weight is {1 / SLOTS:g}: raise it or leave the source out"
-                " (data.mixture)"
-            )
-    return quotas
+from data_pipeline.weights import SLOTS, nearest, slot_quotas
 
 
 def chairman_sequence(quotas: Sequence[int]) -> np.ndarray:
     """Deal sum(quotas) slots out to the sources by Tijdeman's rule: int64 [slots], indices into `quotas`.
 
-    All arithmetic is in integers: with k sources every share is scaled by N * (2k - 2).
+    The deficit of a source that has j slots grows evenly, so both the slot at which it may take the next one and
+    the slot by which it must are known beforehand: the rule is to serve, of those that may, the most urgent; of
+    equally urgent ones the first. All arithmetic is in integers: with k sources shares are scaled by 2k - 2.
     """
     total, scale = sum(quotas), max(2 * len(quotas) - 2, 1)
-    quota = np.array(quotas, dtype=np.int64)
-    deficit = np.zeros_like(quota)
-    never = np.iinfo(np.int64).max
+    source = np.repeat(np.arange(len(quotas)), quotas)
+    quota = np.repeat(np.array(quotas, dtype=np.int64), quotas) * scale
+    dealt = _places(source, len(quotas)) * total * scale
+    may = -(-(dealt + total) // quota)
+    must = -((-dealt - total * (scale - 1)) // quota)
+    order = np.argsort(may, kind="stable")
+    coming = list(zip(may[order].tolist(), must[order].tolist(), source[order].tolist()))[::-1]
+    waiting: list[tuple[int, int]] = []
     sequence = np.empty(total, dtype=np.int64)
-    for slot in range(total):
-        deficit += quota * scale
-        slots_left = -((deficit - total * (scale - 1)) // (quota * scale))
-        chosen = int(np.where(deficit >= total, slots_left, never).argmin())
-        deficit[chosen] -= total * scale
-        sequence[slot] = chosen
+    for slot in range(1, total + 1):
+        while coming and coming[-1][0] <= slot:
+            heapq.heappush(waiting, coming.pop()[1:])
+        sequence[slot - 1] = heapq.heappop(waiting)[1]
     return sequence
 
 
@@ -90,12 +74,13 @@ class Mixture:
         *,
         sampling: Literal["exact", "random"] = "exact",
         seed: int = 0,
+        stage: int = 0,
     ) -> None:
         self.names: list[str] = sorted(weights)
         self.weights = {name: weights[name] for name in self.names}
         self.quotas = slot_quotas(self.weights)
         self.sampling = sampling
-        self.seed = seed
+        self._key = ("slots", seed, stage) if stage else ("slots", seed)
         self._quota = np.array([self.quotas[name] for name in self.names], dtype=np.int64)
         self._sequence = chairman_sequence(list(self.quotas.values()))
         self._place = _places(self._sequence, len(self.names))
@@ -115,8 +100,15 @@ class Mixture:
         return source, block * self._quota[source] + place
 
     def _shuffle(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        sequence = self._sequence[permutation(derive_key("slots", self.seed, block), SLOTS)]
+        sequence = self._sequence[permutation(derive_key(*self._key, block), SLOTS)]
         return sequence, _places(sequence, len(self.names))
+
+    def index_of(self, name: str, row: int) -> int:
+        """The row index on which row number `row` of a source falls: what `locate` undoes."""
+        number = self.names.index(name)
+        block, place = divmod(row, int(self._quota[number]))
+        sequence = self._sequence if self.sampling == "exact" else self._shuffled(block)[0]
+        return block * SLOTS + int(np.flatnonzero(sequence == number)[place])
 
     def describe(self) -> str:
         """The shares as they are drawn, in one line; where slots cannot express a share, also what was asked for."""

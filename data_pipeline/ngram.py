@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.config import DataConfig, flatten_mixture
+from data_pipeline.config import DataConfig
 from data_pipeline.manifest import read_manifest, shard_path
 from data_pipeline.shards import Shard
 from data_pipeline.stream import claim_files
@@ -67,6 +67,6 @@ def training_ngrams(config: DataConfig) -> NgramModel:
     """Count the training tokens of every source of the mixture at `config.path`."""
     root = Path(config.path)
     manifest = read_manifest(root)
-    claimed = claim_files(manifest, sorted(flatten_mixture(config.mixture).weights))
+    claimed = claim_files(manifest, config.source_names)
     paths = [shard_path(root, file.key, "train") for files in claimed.values() for file in files if file.train.tokens]
     return count_ngrams((Shard(path).tokens for path in paths), vocab_size=manifest.settings.tokenizer.vocab_size)

@@ -53,10 +53,15 @@ def name_keys(names: Sequence[str]) -> np.ndarray:
     return np.array([derive_key("file", name) for name in names], dtype=np.uint64)
 
 
-def file_order(seed: int, source: str, epoch: int, keys: np.ndarray) -> np.ndarray:
-    """Order of a source's files in `epoch`: int64 [files], indices into `keys` (from `name_keys`).
+def file_orders(seed: int, source: str, epochs: range, keys: np.ndarray) -> np.ndarray:
+    """Order of a source's files in each of `epochs`: int64 [epochs, files], indices into `keys` (from `name_keys`).
 
     A file's place depends on its name, not on its index; of equal hashes the one given first comes first.
     """
-    epoch_key = np.uint64(derive_key("epoch", seed, source, epoch))
-    return np.argsort(mix64(mix64(keys ^ epoch_key) + epoch_key), kind="stable")
+    epoch_keys = np.array([derive_key("epoch", seed, source, epoch) for epoch in epochs], dtype=np.uint64)[:, None]
+    return np.argsort(mix64(mix64(keys ^ epoch_keys) + epoch_keys), axis=1, kind="stable")
+
+
+def file_order(seed: int, source: str, epoch: int, keys: np.ndarray) -> np.ndarray:
+    """Order of a source's files in one epoch: int64 [files]; see `file_orders`."""
+    return file_orders(seed, source, range(epoch, epoch + 1), keys)[0]

@@ -9,9 +9,12 @@
    stream but the first is a target exactly once. Rows run across parts, files and epochs; nothing is padded
    or left over.
 5. Rows are permuted inside windows of W: the k-th row to be drawn, k = wW + i, is row wW + permutation_w[i].
+   Of a source that may give only so many rows the last window is as much shorter, so that the rows drawn are
+   the first ones of its stream, none of them left out for a later one.
 
 A position is found by division (epoch), bisection over groups, and bisection over the parts of one group,
-which are read when that group is reached. What is held in memory grows with files and never with tokens.
+which are read when that group is reached. What is held in memory grows with files and never with tokens. A
+source of which a window takes many epochs has all of them laid out at once.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from functools import lru_cache
 import numpy as np
 
 from data_pipeline.document import DataError
-from data_pipeline.order import file_order, name_keys, window_permutation
+from data_pipeline.order import file_order, file_orders, name_keys, window_permutation
+
+FEW_EPOCHS = 2
+"""Up to so many are laid out group by group, which are then kept; more in one go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +87,48 @@ class TokenStream:
     def _build_group(self, epoch: int, group: int) -> Segments:
         order, starts = self._epoch(epoch)
         files = order[group * self._interleave : (group + 1) * self._interleave]
-        cuts = [self._read_cuts(int(file) + self._first_file).astype(np.int64) for file in files]
-        turn = np.concatenate([np.arange(len(cut)) for cut in cuts])
-        owner = np.repeat(np.arange(len(files)), [len(cut) for cut in cuts])
-        ends = np.concatenate(cuts)
-        offsets = np.concatenate([np.concatenate([[0], cut[:-1]]) if len(cut) else cut for cut in cuts])
-        robin = np.lexsort((owner, turn))
-        lengths = (ends - offsets)[robin]
-        stops = np.cumsum(lengths) + starts[group] + epoch * self.tokens
-        if lengths.sum() != starts[group + 1] - starts[group]:
-            raise DataError(
-                f"source {self.source!r}: the part cuts of its shards do not add up to their tokens; run"
-                " `moepp-data verify` on the set"
-            )
+        begin = int(starts[group]) + epoch * self.tokens
+        return self._lay_out(files, np.zeros(len(files), dtype=np.int64), begin)
+
+    def _build_epochs(self, epochs: range) -> Segments:
+        orders = file_orders(self._seed, self.source, epochs, self._keys)
+        group = np.arange(orders.shape[1]) // self._interleave
+        groups = np.arange(len(epochs))[:, None] * (group[-1] + 1) + group
+        return self._lay_out(orders.ravel(), groups.ravel(), epochs[0] * self.tokens)
+
+    def _lay_out(self, files: np.ndarray, group: np.ndarray, begin: int) -> Segments:
+        """The parts of `files`, round-robin among those of equal `group`, from stream position `begin` on.
+
+        files: int64 [n], in order, a file may come up again in another group; group: int64 [n], ascending.
+        """
+        distinct, which = np.unique(files, return_inverse=True)
+        cuts = [self._read_cuts(file + self._first_file).astype(np.int64) for file in distinct.tolist()]
+        for file, cut in zip(distinct.tolist(), cuts):
+            if (int(cut[-1]) if len(cut) else 0) != self._file_tokens[file]:
+                raise DataError(
+                    f"source {self.source!r}: the part cuts of its shards do not add up to their tokens; run"
+                    " `moepp-data verify` on the set"
+                )
+        part_end = np.concatenate(cuts)
+        part_begin = np.concatenate([np.concatenate([[0], cut[:-1]]) if len(cut) else cut for cut in cuts])
+        parts = np.array([len(cut) for cut in cuts])
+        first_part = np.cumsum(parts) - parts
+        owner = np.repeat(np.arange(len(files)), parts[which])
+        turn = np.arange(len(owner)) - np.repeat(np.cumsum(parts[which]) - parts[which], parts[which])
+        robin = np.lexsort((owner, turn, group[owner]))
+        owner, part = owner[robin], (first_part[which[owner]] + turn)[robin]
+        stop = begin + np.cumsum(part_end[part] - part_begin[part])
         return Segments(
-            stops - lengths, files[owner[robin]] + self._first_file, offsets[robin], int(stops[-1])
+            np.concatenate([[begin], stop[:-1]]), files[owner] + self._first_file, part_begin[part], int(stop[-1])
         )
 
     def segments(self, start: int, stop: int) -> Segments:
         """The runs that cover stream positions `start` to `stop` (exclusive, > start), in order."""
+        epochs = range(start // self.tokens, (stop - 1) // self.tokens + 1)
+        if len(epochs) > FEW_EPOCHS:
+            return _clip(self._build_epochs(epochs), start, stop)
         found: list[Segments] = []
-        for epoch in range(start // self.tokens, (stop - 1) // self.tokens + 1):
+        for epoch in epochs:
             begins = self._epoch(epoch)[1] + epoch * self.tokens
             first = max(int(np.searchsorted(begins, start, side="right")) - 1, 0)
             last = int(np.searchsorted(begins[:-1], stop, side="left"))
@@ -143,21 +170,23 @@ class Window:
 
 
 class SourceRows:
-    """Rows of one source in the order they are drawn."""
+    """Rows of one source in the order they are drawn; of `limit` rows, where there is one."""
 
-    def __init__(self, stream: TokenStream, *, seq_len: int, window: int, seed: int) -> None:
+    def __init__(
+        self, stream: TokenStream, *, seq_len: int, window: int, seed: int, limit: int | None = None
+    ) -> None:
         if stream.tokens < seq_len + 1:
             raise DataError(
                 f"source {stream.source!r} has {stream.tokens:,} tokens, fewer than one row of {seq_len} + 1;"
                 " build more of it, shorten data.seq_len, or leave it out of data.mixture"
             )
         self.stream = stream
-        self._seq_len, self._window_rows, self._seed = seq_len, window, seed
+        self._seq_len, self._window_rows, self._seed, self._limit = seq_len, window, seed, limit
         self._window = lru_cache(maxsize=2)(self._build_window)
 
     def _build_window(self, window: int) -> Window:
-        size, seq_len = self._window_rows, self._seq_len
-        first = window * size
+        seq_len, first = self._seq_len, window * self._window_rows
+        size = self._window_rows if self._limit is None else min(self._window_rows, self._limit - first)
         runs = self.stream.segments(first * seq_len, (first + size) * seq_len + 1)
         row = first + window_permutation(self._seed, self.stream.source, window, size)
         begin = row * seq_len
@@ -184,8 +213,11 @@ class SourceRows:
         """Row number `row` as (file, offset, length) pieces, in order; for the rows that straddle."""
         runs = self._window(row // self._window_rows).runs
         begin, end = row * self._seq_len, (row + 1) * self._seq_len + 1
-        touched = _clip(runs, begin, end)
-        starts = np.maximum(touched.start, begin)
-        stops = np.minimum(np.append(touched.start[1:], touched.stop), end)
-        offsets = touched.offset + starts - touched.start
-        return list(zip(touched.file.tolist(), offsets.tolist(), (stops - starts).tolist()))
+        run = int(np.searchsorted(runs.start, begin, side="right")) - 1
+        found = []
+        while begin < end:  # mostly twice; plain numbers, as arrays of two cost more than the copy of a row
+            start = int(runs.start[run])
+            stop = min(end, int(runs.start[run + 1]) if run + 1 < len(runs.start) else runs.stop)
+            found.append((int(runs.file[run]), int(runs.offset[run]) + begin - start, stop - begin))
+            begin, run = stop, run + 1
+        return found

@@ -18,6 +18,7 @@ from data_pipeline.manifest import (
     write_manifest,
 )
 from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.shards import DEFAULT_PART_TOKENS, ShardHeader, section_sum
 
 EOS = 1
 FINGERPRINT = "ab" * 32
@@ -78,6 +79,63 @@ def write_set(
         fingerprint=FINGERPRINT,
     )
     settings = Settings(tokenizer=tokenizer, held_out=0.0, part_tokens=part_tokens)
+    write_manifest(root, Manifest(settings=settings, files=sorted(files, key=lambda file: file.key)))
+    return root
+
+
+def write_sparse_set(root: Path, *, sources: int, shards: int, tokens: int) -> Path:
+    """A set of `shards` shards of `tokens` tokens each, whose tokens are holes in the files; returns `root`.
+
+    Everything that is read when a run opens the set is true: headers, document ends, part cuts, manifest. Only
+    `verify`, which reads the tokens, would find that they are zeros. One document is one part.
+    """
+    ends = np.append(np.arange(DEFAULT_PART_TOKENS, tokens, DEFAULT_PART_TOKENS, dtype="<u8"), np.uint64(tokens))
+    header = ShardHeader(
+        width=2,
+        tokens=tokens,
+        documents=len(ends),
+        parts=len(ends),
+        text_bytes=4 * tokens,
+        vocab_size=32_000,
+        eos_id=EOS,
+        part_tokens=DEFAULT_PART_TOKENS,
+        fingerprint=FINGERPRINT,
+        tokens_sum=bytes(16),
+        ends_sum=section_sum(ends),
+        cuts_sum=section_sum(ends),
+    )
+    record = SplitRecord(
+        documents=len(ends), text_bytes=header.text_bytes, tokens=tokens, checksum=header.checksum
+    )
+    files = []
+    for number in range(shards):
+        source, name = f"source_{number % sources}", f"{number % sources}/{number:05d}.jsonl"
+        files.append(
+            FileRecord(
+                corpus="made",
+                name=name,
+                source=source,
+                input_bytes=2 * tokens,
+                bad_lines=0,
+                train=record,
+                held_out=SplitRecord(),
+            )
+        )
+        path = shard_path(root, f"made/{name}", "train")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(header.encode())
+            file.seek(header.ends_offset)
+            file.write(ends.tobytes() * 2)
+    info = TokenizerInfo(
+        file="tokenizer/none",
+        kind="made",
+        vocab_size=32_000,
+        eos_token="</s>",
+        eos_id=EOS,
+        fingerprint=FINGERPRINT,
+    )
+    settings = Settings(tokenizer=info, held_out=0.0, part_tokens=DEFAULT_PART_TOKENS)
     write_manifest(root, Manifest(settings=settings, files=sorted(files, key=lambda file: file.key)))
     return root
 

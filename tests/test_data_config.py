@@ -1,4 +1,4 @@
-"""Configuration: presets, flattening, and every way a mixture can be wrong."""
+"""Configuration: defaults, stages and limits, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,81 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from data_pipeline.config import PRESETS, DataConfig, flatten_mixture
-from data_pipeline.document import DataError
-
-
-def test_presets_are_the_paper_s_shares() -> None:
-    first, second = flatten_mixture("strategy_1"), flatten_mixture("strategy_2")
-    assert first.weights == {
-        "redpajama/book": Fraction(424, 10000),
-        "redpajama/wikipedia": Fraction(350, 10000),
-        "redpajama/arxiv": Fraction(437, 10000),
-        "redpajama/stackexchange": Fraction(319, 10000),
-        "redpajama/c4": Fraction(1094, 10000),
-        "dolma": Fraction(6128, 10000),
-        "pile": Fraction(1248, 10000),
-    }
-    assert list(second.weights.values()) == [
-        Fraction(n, 10000) for n in (1393, 903, 1136, 977, 742, 4153, 696)
-    ]
-    for flat in (first, second):
-        assert sum(flat.weights.values()) == 1
-        assert flat.notice == ""
-    assert set(PRESETS) == {"strategy_1", "strategy_2"}
-
-
-def test_nested_and_flat_keys_mean_the_same() -> None:
-    nested = flatten_mixture({"redpajama": {"book": 0.25, "common_crawl": {"2023-06": 0.25}}, "pile": 0.5})
-    flat = flatten_mixture({"redpajama/book": 0.25, "redpajama/common_crawl/2023-06": 0.25, "pile": 0.5})
-    assert nested == flat
-    assert nested.weights["redpajama/common_crawl/2023-06"] == Fraction(1, 4)
-
-
-def test_decimal_weights_are_exact() -> None:
-    assert flatten_mixture({"a": 0.1, "b": 0.2, "c": 0.7}).weights["a"] == Fraction(1, 10)
-    assert flatten_mixture({"a": 1e-3, "b": 0.999}).notice == ""
-
-
-def test_other_sums_are_scaled_with_a_notice() -> None:
-    flat = flatten_mixture({"a": 1, "b": 3})
-    assert flat.weights == {"a": Fraction(1, 4), "b": Fraction(3, 4)}
-    assert flat.notice == "mixture weights sum to 4; they were scaled to sum to 1"
-
-
-SELF_REFERENCE: dict[str, Any] = {}
-SELF_REFERENCE["x"] = SELF_REFERENCE  # what the YAML `&a {x: *a}` makes
-
-
-@pytest.mark.parametrize(
-    ("mixture", "message"),
-    [
-        (
-            "strategy1",
-            "unknown mixture 'strategy1' (nearest: 'strategy_1'); presets are strategy_1, strategy_2",
-        ),
-        ("zzz", "unknown mixture 'zzz'; presets are strategy_1, strategy_2, or give a mapping"),
-        ({}, "mixture is empty; name at least one source and its weight"),
-        ({"a": {}}, "mixture has no weights under 'a'"),
-        ({"a": -1}, "mixture weight of 'a' is -1; weights are positive"),
-        ({"a": 0}, "mixture weight of 'a' is 0; weights are positive, leave a source out to get none of it"),
-        ({"a": "0.5"}, "mixture weight of 'a' is '0.5', which is no finite number"),
-        ({"a": True}, "mixture weight of 'a' is True, which is no finite number"),
-        ({"a": None}, "mixture weight of 'a' is None, which is no finite number"),
-        ({"a": {"b": float("nan")}}, "mixture weight of 'a/b' is nan, which is no finite number"),
-        ({"a": float("inf")}, "mixture weight of 'a' is inf, which is no finite number"),
-        ({"a": {"b": 1}, "a/b": 1}, "mixture gives a weight to 'a/b' twice"),
-        ({"dolma": 1, "dolma/wiki": 1}, "mixture names both 'dolma' and 'dolma/wiki', which lies under it"),
-        ({"": 1}, "mixture key '' under the top is no source name"),
-        ({"a": {"/b": 1}}, "mixture key '/b' under a is no source name"),
-        ({1: 1}, "mixture key 1 under the top is no source name"),
-        ({"a": 10**400, "b": 1}, "mixture weight of 'a' is over 1e+18; use shares"),
-        (SELF_REFERENCE, "mixture is nested deeper than 16 levels at x/x/x..."),
-    ],
-)
-def test_bad_mixtures_are_refused(mixture: Any, message: str) -> None:
-    with pytest.raises(DataError, match=re.escape(message)):
-        flatten_mixture(mixture)
+from data_pipeline.config import DataConfig
+from data_pipeline.weights import flatten_mixture
 
 
 def test_config_defaults_and_strictness() -> None:
@@ -134,3 +61,71 @@ def test_a_mixture_of_another_type_is_named_once(mixture: Any) -> None:
     with pytest.raises(ValidationError, match="1 validation error for DataConfig\nmixture\n.* name a preset") as error:
         DataConfig(path="shards", mixture=mixture)
     assert f"mixture is {mixture!r}" in str(error.value)
+
+
+TWO_STAGES: list[dict[str, Any]] = [{"mixture": "strategy_1", "tokens": 4096e3}, {"mixture": {"dolma": 1, "pile": 3}}]
+
+
+def test_stages_take_the_place_of_the_mixture() -> None:
+    config = DataConfig(path="p", stages=TWO_STAGES)  # type: ignore[arg-type]
+    assert config.mixture is None
+    assert [stage.rows for stage in config.flat_stages] == [2000, None]
+    assert config.flat_stages[1].mixture.weights == {"dolma": Fraction(1, 4), "pile": Fraction(3, 4)}
+    assert config.source_names == tuple(sorted(flatten_mixture("strategy_1").weights))
+    assert config.notices == ["stage 2: mixture weights sum to 4; they were scaled to sum to 1"]
+    assert DataConfig.model_validate(config.model_dump(mode="json")) == config
+    plain = DataConfig(path="p", mixture={"a": 1})
+    assert [stage.rows for stage in plain.flat_stages] == [None] and plain.notices == []
+
+
+def test_epoch_limits_are_exact_and_nested_as_a_mixture_may_be() -> None:
+    config = DataConfig(path="p", max_epochs={"redpajama": {"book": 0.1}, "pile": 4})  # type: ignore[dict-item]
+    assert config.max_epochs == {"redpajama/book": 0.1, "pile": 4.0}
+    assert config.epoch_limit("redpajama/book") == Fraction(1, 10)
+    assert config.epoch_limit("pile") == 4 and config.epoch_limit("dolma") is None
+    assert DataConfig(path="p", max_epochs=2).epoch_limit("dolma") == 2
+    assert DataConfig(path="p").epoch_limit("dolma") is None
+
+
+def test_home_folders_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/somebody")
+    raw = {"dolma": "~/dolma", "pile": "s3://bucket/~/pile", "tokenizer": "t.model"}
+    config = DataConfig(path="~/spool", mode="stream", raw=raw)  # type: ignore[arg-type]
+    assert config.path == "/home/of/somebody/spool" and config.raw is not None
+    assert config.raw.corpora == {"dolma": "/home/of/somebody/dolma", "pile": "s3://bucket/~/pile"}
+
+
+STREAM = {"mode": "stream", "raw": {"dolma": "d", "tokenizer": "t"}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mixture": {"a": 1}, "stages": TWO_STAGES}, "and stages are given too; set one of them to null"),
+        ({"stages": []}, "at least 1 item"),
+        ({"stages": [{"mixture": "strategy1"}]}, "(nearest: 'strategy_1')"),
+        (
+            {"stages": [{"mixture": "strategy_1", "tokens": 2049}, {"mixture": "strategy_2"}]},
+            "stage 1 has 2,049 tokens, no multiple of seq_len 2048; use 2,048 or 4,096 (data.stages)",
+        ),
+        ({"stages": [{"mixture": "strategy_1", "tokens": 2048}]}, "stage 1 of 1 has tokens: 2048; every stage but"),
+        ({"stages": [{"mixture": "strategy_1"}] * 2}, "stage 1 of 2 has tokens: None; every stage but the last"),
+        (
+            {"stages": [{"mixture": {"a": 1}, "tokens": 2048}, {"mixture": {"a/b": 1}}]},
+            "mixture names both 'a' and 'a/b', which lies under it",
+        ),
+        ({"max_epochs": 0}, "max_epochs is 0; give a positive number of passes over the source (data.max_epochs)"),
+        ({"max_epochs": "2"}, "max_epochs is '2'; give a positive number"),
+        ({"max_epochs": {"dolma": float("nan")}}, "max_epochs of 'dolma' is nan; give a positive number"),
+        ({"max_epochs": {"dolm": 1}}, "max_epochs names 'dolm', which has no weight (nearest: 'dolma'); the sources"),
+        ({"mode": "stream"}, "mode: stream needs data.raw"),
+        ({"raw": STREAM["raw"]}, "raw is given and mode is prepared; set data.mode to stream"),
+        ({**STREAM, "max_epochs": 1}, "max_epochs needs the length of every source, which mode: stream does not know"),
+        ({"mode": "stream", "raw": {"tokenizer": "t"}}, "raw names no files; give at least one of redpajama, dolma"),
+        ({"path": "~no body/x"}, "~no body/x begins with ~ and there is no such home folder"),
+    ],
+)
+def test_what_does_not_agree_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)) as error:
+        DataConfig(**{"path": "p", **values})
+    assert error.value.error_count() == 1

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from raw_corpora import EOS, WORDS, ids_of, lines_of, write_raw, write_tokenizer
 from rich.console import Console
+from rich.tree import Tree
 from shard_sets import counting_documents, write_set
 
 from data_pipeline.build import build_set
 from data_pipeline.config import DataConfig
-from data_pipeline.describe import amount, describe_mixture, describe_set, show_rows
+from data_pipeline.describe import amount, describe_mixture, describe_set, mixture_facts, set_facts, show_rows
 from data_pipeline.document import DataError
 from data_pipeline.stream import open_stream
 
@@ -31,6 +33,13 @@ def printed(*items: object) -> str:
     return capture.get()
 
 
+def mixture(root: Path, weights: str | dict[str, Any] | None, **options: Any) -> Tree:
+    """A mixture over the set as a tree; rows of one token, so that budgets come out even."""
+    budget = options.pop("token_budget", None)
+    config = DataConfig(path=str(root), mixture=weights, **{"seq_len": 1, **options})
+    return describe_mixture(mixture_facts(config, token_budget=budget))
+
+
 def test_amounts() -> None:
     assert [amount(n) for n in (0, 950, 999, 1000, 1234, 999_949, 999_950, 10**12)] == [
         "0",
@@ -45,9 +54,9 @@ def test_amounts() -> None:
 
 
 def test_a_set_as_a_tree(tmp_path: Path) -> None:
-    lines = printed(describe_set(write_set(tmp_path / "set", TRAIN, {"pile": {"p0": [[5]]}}))).splitlines()
+    lines = printed(describe_set(set_facts(write_set(tmp_path / "set", TRAIN, {"pile": {"p0": [[5]]}})))).splitlines()
     assert (
-        f"{tmp_path}/set  4 files · 5 documents · 200 tokens · 0.17 bytes a token · 2 tokens held out"
+        f"{tmp_path}/set  4 files · 5 documents · 200 tokens · 0.21 bytes a token · 2 tokens held out"
         == lines[0]
     )
     assert [line.strip("├└─│ ").split("  ")[0] for line in lines[3:]] == [
@@ -63,7 +72,7 @@ def test_a_set_as_a_tree(tmp_path: Path) -> None:
 
 def test_a_mixture_with_shares_and_epochs(tmp_path: Path) -> None:
     root = write_set(tmp_path / "set", TRAIN)
-    text = printed(describe_mixture(root, {"dolma/wiki": 3, "pile": 1}, token_budget=4000))
+    text = printed(mixture(root, {"dolma/wiki": 3, "pile": 1}, token_budget=4000))
     assert "mixture  mixture weights sum to 4; they were scaled to sum to 1" in text
     # 3/4 of 4,000 tokens from 40 are 75 epochs; 1/4 of 4,000 from 100 are 10.
     assert (
@@ -74,17 +83,45 @@ def test_a_mixture_with_shares_and_epochs(tmp_path: Path) -> None:
     assert "dolma/books  has no weight: it is not trained on" in text
 
 
+def test_stages_limits_and_the_end_of_the_stream(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", TRAIN)
+    stages = [{"mixture": {"pile": 1, "dolma": 1}, "tokens": 100}, {"mixture": {"dolma": 1}}]
+    options = {"stages": stages, "token_budget": 10_000, "max_epochs": {"dolma": 2}}
+    text = printed(mixture(root, None, **options))
+    # dolma gives 50 of its 100 tokens in the first stage, and 150 more: two epochs; the budget is not reached.
+    for expected in (
+        "stage 1  rows 0 to 99, 100 tokens",
+        "dolma  50.0000% = 5,000 of 10,000 slots\n",
+        "stage 2  rows 100 to 249, 150 tokens",
+        "dolma  100 tokens, 2.00 epochs in a run of 10.0K tokens, at most 2 epochs",
+        "pile  100 tokens, 0.50 epochs in a run of 10.0K tokens\n",
+        "the stream ends after 250 rows = 250 tokens: dolma has given all of its epochs",
+    ):
+        assert expected in text
+    reweighted = mixture_facts(
+        DataConfig(path=str(root), mixture={"pile": 1, "dolma": 3}, seq_len=1, max_epochs=1, on_max_epochs="reweight"),
+        token_budget=150,
+    )
+    # Of rows d d p d d d p d ..., the 101st d would be row 133.
+    assert [stage["stop_row"] for stage in reweighted["stages"]] == [133, 200]
+    assert reweighted["sources"] == {
+        "dolma": {"tokens": 100, "max_epochs": 1.0, "tokens_drawn": 100, "epochs": 1.0},
+        "pile": {"tokens": 100, "max_epochs": 1.0, "tokens_drawn": 50, "epochs": 0.5},
+    }
+    assert "rows 133 to 199, 67 tokens" in printed(describe_mixture(reweighted))
+
+
 def test_rounded_weights_are_said(tmp_path: Path) -> None:
-    text = printed(describe_mixture(write_set(tmp_path / "set", TRAIN), {"dolma": 1, "pile": 2}))
-    assert "dolma  33.3333% = 3,333 of 10,000 slots, 100 tokens (rounded to 33.33%)" in text
-    assert "pile  66.6667% = 6,667 of 10,000 slots, 100 tokens (rounded to 66.67%)" in text
+    text = printed(mixture(write_set(tmp_path / "set", TRAIN), {"dolma": 1, "pile": 2}))
+    assert "dolma  33.3333% = 3,333 of 10,000 slots (rounded to 33.33%), 100 tokens" in text
+    assert "pile  66.6667% = 6,667 of 10,000 slots (rounded to 66.67%), 100 tokens" in text
 
 
 def test_a_source_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=re.escape("'redpajama/book' is not among the shards (nearest: 'dolma/books'); they")
+        DataError, match=re.escape("'redpajama/arxiv' is not among the shards; they hold dolma/books, dolma/wiki")
     ):
-        describe_mixture(write_set(tmp_path / "set", TRAIN), "strategy_1")
+        mixture(write_set(tmp_path / "set", TRAIN), "strategy_1")
 
 
 def test_rows_as_text_with_sources_and_document_ends(tmp_path: Path) -> None:

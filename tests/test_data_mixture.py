@@ -9,9 +9,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from data_pipeline.config import flatten_mixture
 from data_pipeline.document import DataError
 from data_pipeline.mixture import SLOTS, Mixture, chairman_sequence, claim_labels, slot_quotas
+from data_pipeline.weights import flatten_mixture
 
 
 def assert_within_bound(sequence: list[int], quotas: list[int]) -> None:
@@ -158,3 +158,33 @@ def test_description_says_what_was_rounded() -> None:
         "a 33.34% (asked for 33.3333%), b 33.33% (asked for 33.3333%), c 33.33% (asked for 33.3333%)"
     )
     assert Mixture({"a": Fraction(1, 4), "b": Fraction(3, 4)}).describe() == "a 25.00%, b 75.00%"
+
+
+def greedy(quotas: list[int]) -> list[int]:
+    """Tijdeman's rule as it is stated: of those whose deficit is due, the one that would first be overdue."""
+    total, scale = sum(quotas), max(2 * len(quotas) - 2, 1)
+    dealt, sequence = [0] * len(quotas), []
+    for slot in range(1, total + 1):
+        deficits = [scale * (quota * slot - count * total) for quota, count in zip(quotas, dealt)]
+        due = [i for i, deficit in enumerate(deficits) if deficit >= total]
+        chosen = min(due, key=lambda i: -((deficits[i] - total * (scale - 1)) // (quotas[i] * scale)))
+        dealt[chosen] += 1
+        sequence.append(chosen)
+    return sequence
+
+
+def test_the_sequence_is_the_rule_s() -> None:
+    rng = random.Random(2)
+    for _ in range(60):
+        sources = rng.randint(1, 9)
+        cuts = sorted(rng.sample(range(1, 300), sources - 1))
+        quotas = [high - low for low, high in zip([0, *cuts], [*cuts, 300])]
+        assert chairman_sequence(quotas).tolist() == greedy(quotas)
+
+
+@pytest.mark.parametrize("sampling", ["exact", "random"])
+def test_index_of_undoes_locate(sampling: str) -> None:
+    mixture = Mixture(flatten_mixture("strategy_1").weights, sampling=sampling, seed=4)
+    indices = np.array([0, 1, 9_999, 10_000, 123_456, 10**12 + 7])
+    for index, source, row in zip(indices.tolist(), *(part.tolist() for part in mixture.locate(indices))):
+        assert mixture.index_of(mixture.names[source], row) == index

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_pipeline.order import derive_key, file_order, mix64, name_keys, permutation, window_permutation
+from data_pipeline.order import derive_key, file_order, file_orders, mix64, name_keys, permutation, window_permutation
 
 MASK = 2**64 - 1
 
@@ -96,3 +96,11 @@ def test_places_are_spread_evenly() -> None:
     for window in range(8000):
         counts[np.arange(8), window_permutation(0, "dolma", window, 8)] += 1
     assert np.abs(counts - 1000).max() < 5 * np.sqrt(8000 * 1 / 8 * 7 / 8)
+
+
+def test_orders_of_many_epochs_are_those_of_each() -> None:
+    keys = name_keys([f"file {number}" for number in range(30)])
+    orders = file_orders(3, "dolma", range(7, 20), keys)
+    assert orders.shape == (13, 30)
+    for epoch, order in zip(range(7, 20), orders):
+        assert np.array_equal(order, file_order(3, "dolma", epoch, keys))

@@ -84,10 +84,10 @@ def read(
 def test_any_stretch_of_the_stream_is_the_oracle_s(interleave: int) -> None:
     files = make_files(random.Random(interleave), 6)
     stream = open_files(files, seed=4, interleave=interleave, first_file=100)
-    length = 4 * stream.tokens
+    length = 7 * stream.tokens
     expected = oracle_stream(files, length, source="made", seed=4, interleave=interleave)
     for start in range(0, length - 1):
-        for size in (1, 2, 13, stream.tokens, 2 * stream.tokens + 3):
+        for size in (1, 2, 13, stream.tokens, 2 * stream.tokens + 3, 4 * stream.tokens):  # more than a few epochs too
             stop = min(start + size, length)
             assert read(files, stream, start, stop, first_file=100) == expected[start:stop]
 
@@ -209,3 +209,38 @@ def test_cuts_that_do_not_add_up_are_found() -> None:
     )
     with pytest.raises(DataError, match="the part cuts of its shards do not add up to their tokens"):
         stream.segments(0, 1)
+
+
+def test_a_limited_source_gives_its_first_rows_and_no_other() -> None:
+    # 13 rows in windows of 5: two whole windows, and one of 3 in which rows 10, 11 and 12 are permuted.
+    files = make_files(random.Random(3), 5)
+    stream = open_files(files, seed=1, interleave=2)
+    free = SourceRows(stream, seq_len=3, window=5, seed=1)
+    limited = SourceRows(stream, seq_len=3, window=5, seed=1, limit=13)
+    assert all(np.array_equal(*both) for both in zip(free.locate(np.arange(10)), limited.locate(np.arange(10))))
+    row, _, _ = limited.locate(np.arange(13))
+    assert sorted(row.tolist()) == list(range(13))
+    assert (row[10:] - 10).tolist() == window_permutation(1, "made", 2, 3).tolist()
+
+
+@pytest.mark.parametrize("parts", [4, 400])
+def test_locating_far_away_is_as_much_work_as_at_the_start(parts: int) -> None:
+    """Cuts read and runs laid out for one window, of a source longer and of one much shorter than the window."""
+    files = {f"f{number}": [[0] * 50] * parts for number in range(12)}
+
+    def work(first: int) -> tuple[int, int]:
+        read: list[int] = []
+
+        def cuts(file: int) -> np.ndarray:
+            read.append(file)
+            return np.arange(50, 50 * parts + 1, 50, dtype=np.uint64)
+
+        tokens = np.full(12, 50 * parts)
+        stream = TokenStream("made", names=list(files), tokens=tokens, read_cuts=cuts, seed=0, interleave=12)
+        rows = SourceRows(stream, seq_len=16, window=1024, seed=0)
+        rows.locate(np.arange(first, first + 8))
+        return len(read), len(rows._window(first // 1024).runs.start)
+
+    start, far = work(0), work(10**9 // 1024 * 1024)
+    assert far[0] <= 2 * start[0] <= 24
+    assert abs(far[1] - start[1]) <= 2
