@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.document import DataError
-from data_pipeline.manifest import read_manifest
+from data_pipeline.feed import find_tokenizer
 from data_pipeline.tokenizer import load_tokenizer
 from moepp_ds.config import ModelConfig, Recipe, RecipeError, load_recipe
 from moepp_ds.hf_folder import FolderError, HFFolder, identity, tensor_problems
@@ -117,7 +117,7 @@ def _notices(
 def _compare_tokenizers(folder: HFFolder, recipe: Recipe) -> list[str]:
     """Ids of another tokenizer mean nothing to an embedding; say so where that may be."""
     try:
-        known = read_manifest(Path(recipe.data.path)).settings.tokenizer
+        _, known = find_tokenizer(recipe.data)
     except DataError:
         return [f"data.path {recipe.data.path} holds no shards yet; make them with the tokenizer of {folder.path}"]
     if known.vocab_size > recipe.model.vocab_size:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline import feed
 from data_pipeline.document import DataError
-from data_pipeline.manifest import read_manifest
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.files import find_checkpoint, shape_differences
@@ -181,10 +181,8 @@ def find_tokenizer(recipe: Recipe, index: Mapping[str, Any], file: Path | None =
 
 
 def _tokenizer_of_shards(recipe: Recipe, index: Mapping[str, Any]) -> tuple[Path, Tokenizer]:
-    root = Path(recipe.data.path)
     try:
-        known = read_manifest(root).settings.tokenizer
-        file = root / known.file
+        file, known = feed.find_tokenizer(recipe.data)
         tokenizer = load_tokenizer(file, known.eos_token)
     except DataError as error:
         raise DataError(f"{error}\n(data.path of the recipe; or name the tokenizer with --tokenizer FILE)") from error

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.feed import open_held_out
 from data_pipeline.ngram import training_ngrams
-from data_pipeline.stream import open_held_out
 from moepp_ds.config import Recipe, RecipeError, load_recipe
 
 
@@ -54,6 +54,11 @@ def report_run(path: Path) -> RunReport:
     """
     metrics = _read_metrics(path / "metrics.jsonl")
     recipe = load_recipe(path / "recipe.yaml")
+    if recipe.data.mode == "stream":
+        raise RecipeError(
+            f"{path} read raw files as it trained (data.mode: stream), and n-grams are counted in prepared shards; its "
+            "losses are in metrics.jsonl"
+        )
     scored = next((record["validation"] for record in reversed(metrics) if "validation" in record), None)
     if scored is None:
         raise RecipeError(f"{path} holds no evaluation yet; let the run go on, or lower evaluation.every")
@@ -78,7 +83,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 def _with_baselines(recipe: Recipe, scored: dict[str, dict[str, float]]) -> dict[str, SourceReport]:
     ngrams = training_ngrams(recipe.data)
     reports = {}
-    for source, texts in open_held_out(recipe.data).items():
+    for source, texts in open_held_out(recipe.data, rows=recipe.evaluation.rows).items():
         unigram, bigram = ngrams.cross_entropy(*texts.rows(recipe.data.seq_len, recipe.evaluation.rows))
         score = scored[source]
         reports[source] = SourceReport(score["loss"], score["bits_per_byte"], unigram, bigram)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.loader import Loader
-from data_pipeline.stream import HeldOut, RowStream
+from data_pipeline.row_source import RowSource
+from data_pipeline.stream import HeldOut
 from moepp_ds.agreement import all_or_none
 from moepp_ds.checkpoint.live import save_checkpoint
 from moepp_ds.config import Recipe
@@ -27,16 +28,18 @@ class Run:
     """What stays the same from the first update of this process to its last.
 
     folder: None on all but one rank. origin: where the first weights came from, if they were given.
+    total_steps: updates until the run is complete: the recipe's, or fewer where data.max_epochs ends the rows.
     """
 
     recipe: Recipe
     ranks: Ranks
     engine: Any
-    stream: RowStream
+    stream: RowSource
     held_out: Mapping[str, HeldOut]
     path: Path
     folder: RunFolder | None
     origin: Mapping[str, Any] | None
+    total_steps: int
 
     def say(self, line: str) -> None:
         """Print and log, once for all ranks."""
@@ -79,13 +82,14 @@ def record(
             gradient_ratio_L=result.gradient_ratio_L,
         ),
         "sampled_share": {name: drawn / rows for name, drawn in run.stream.mixture.drawn(rows).items()},
+        "epochs": run.stream.epochs(rows),
     }
     if scores:
         metrics["validation"] = {source: asdict(score) for source, score in scores.items()}
     run.folder.record(metrics)
-    if step % recipe.train.log_every == 0 or step == recipe.total_steps or progress.stop:
-        left = (recipe.total_steps - step) * seconds
-        run.say(progress_line(metrics, total_steps=recipe.total_steps, seconds_left=left))
+    if step % recipe.train.log_every == 0 or step == run.total_steps or progress.stop:
+        left = (run.total_steps - step) * seconds
+        run.say(progress_line(metrics, total_steps=run.total_steps, seconds_left=left))
     if scores:
         run.say("\n".join([f"held-out text after update {step}:", *score_lines(scores)]))
 
@@ -137,6 +141,22 @@ def open_folder(
     return folder
 
 
+def _data_lines(run: Run) -> list[str]:
+    """What is drawn, how often, and how long it lasts."""
+    recipe, stream = run.recipe, run.stream
+    epochs = {name: count for name, count in stream.epochs(run.total_steps * recipe.batch_rows).items() if count}
+    lines = [*recipe.data.notices, f"tokens drawn from {stream.mixture.describe()}"]
+    if epochs:
+        lines.append("epochs at the end: " + ", ".join(f"{name} {count:.2f}" for name, count in epochs.items()))
+    if run.total_steps < recipe.total_steps:
+        lines.append(
+            f"the run ends after update {run.total_steps:,} of {recipe.total_steps:,}, at learning rate "
+            f"{recipe.learning_rate(run.total_steps - 1):g}: then {stream.mixture.ended_by} has given all of its "
+            "epochs (data.max_epochs)"
+        )
+    return lines
+
+
 def announce(
     run: Run, progress: Progress, checkpoint: Path | None, changes: Sequence[str], *, resume: str
 ) -> None:
@@ -145,7 +165,8 @@ def announce(
     run.say(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {versions}, {run.ranks.world} ranks")
     for line in run.recipe.arithmetic(run.ranks.world):
         run.say(line)
-    run.say(f"tokens drawn from {run.stream.mixture.describe()}")
+    for line in _data_lines(run):
+        run.say(line)
     unscored = [name for name in run.stream.source_names if name not in run.held_out]
     if unscored:
         run.say(f"no text is held out of {', '.join(unscored)}: it is not evaluated (moepp-data build --held-out)")
@@ -159,7 +180,7 @@ def announce(
 
 def finish(run: Run, progress: Progress) -> None:
     """The completion marker: what a supervisor trusts rather than exit codes."""
-    state = "completed" if progress.step >= run.recipe.total_steps else "stopped"
+    state = "completed" if progress.step >= run.total_steps else "stopped"
     if run.folder:
         run.folder.set_status(state, step=progress.step)
     run.say(f"{state} after update {progress.step}: {run.path}")

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from data_pipeline.document import DataError
-from data_pipeline.stream import open_held_out
+from data_pipeline.feed import open_held_out
 from moepp_ds.config import RecipeError
 from moepp_ds.evaluate import Score, evaluate, overall
 from moepp_ds.load import LoadedModel, with_overrides
@@ -96,7 +96,8 @@ def measure(loaded: LoadedModel, value: str | None = None, *, rows: int | None =
     rows: of each source at most; default: the recipe's evaluation.rows. DataError where nothing was held out.
     """
     recipe = loaded.recipe
-    held_out = open_held_out(recipe.data)
+    rows = rows or recipe.evaluation.rows
+    held_out = open_held_out(recipe.data, rows=rows)
     if not held_out:
         raise DataError(
             f"no text was held out of the shards at {recipe.data.path}; build them with moepp-data build --held-out, "
@@ -108,7 +109,7 @@ def measure(loaded: LoadedModel, value: str | None = None, *, rows: int | None =
             held_out,
             seq_len=recipe.data.seq_len,
             micro_batch_size=recipe.train.micro_batch_size,
-            rows=rows or recipe.evaluation.rows,
+            rows=rows,
             routing=loaded.routing,
         )
     return Measurement(

@@ -20,15 +20,16 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from data_pipeline.document import DataError
+from data_pipeline.feed import open_held_out, open_rows
 from data_pipeline.loader import Loader, check_position
-from data_pipeline.stream import RowStream, open_held_out, open_stream
+from data_pipeline.row_source import RowSource
 from moepp_ds.agreement import AgreedError, all_or_none
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.files import read_index
@@ -50,8 +51,10 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
     """
     ranks = join_ranks()
     with all_or_none():
-        stream, held_out = open_stream(recipe.data), open_held_out(recipe.data)
+        stream = open_rows(recipe.data)
+        held_out = open_held_out(recipe.data, rows=recipe.evaluation.rows)
         _check_vocabulary(recipe, stream)
+        total_steps = _count_updates(recipe, stream)
     checkpoint = agree_on_checkpoint(path, resume, ranks)
     index: dict[str, Any] | None = None
     changes: list[str] = []
@@ -70,7 +73,7 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
     with all_or_none():
         folder = open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
     origin = index.get("origin") if index else None
-    run = Run(recipe, ranks, engine, stream, held_out, path, folder, origin)
+    run = Run(recipe, ranks, engine, stream, held_out, path, folder, origin, total_steps)
     try:
         announce(run, progress, checkpoint, changes, resume=resume)
         progress = _loop(run, progress, data_state=index["data"] if index else None, stop=stop)
@@ -91,16 +94,18 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
 
 def _loop(run: Run, progress: Progress, *, data_state: Mapping[str, Any] | None, stop: StopSignal) -> Progress:
     """Update after update, from `progress` to the end of the run or to a stop; the last one is always saved."""
-    recipe, ranks, total = run.recipe, run.ranks, run.recipe.total_steps
+    recipe, ranks, total = run.recipe, run.ranks, run.total_steps
     every = recipe.monitor.gradient_ratio_every
-    with Loader(
+    loader = Loader(
         run.stream,
         rank=ranks.rank,
         world=ranks.world,
         batch_rows=recipe.batch_rows,
         micro_batch_size=recipe.train.micro_batch_size,
         state=data_state,
-    ) as loader:
+        dtype=recipe.data.token_dtype,
+    )
+    with loader, closing(run.stream):  # the stream first: the loader's thread may be waiting for it
         while progress.step < total and not progress.stop:
             started = time.perf_counter()
             result = update(
@@ -152,11 +157,24 @@ def _evaluate(run: Run, progress: Progress) -> dict[str, Score]:
     )
 
 
-def _check_vocabulary(recipe: Recipe, stream: RowStream) -> None:
+def _count_updates(recipe: Recipe, stream: RowSource) -> int:
+    """Updates of the whole run: the recipe's, or as many as the rows suffice for."""
+    if stream.rows_total is None:
+        return recipe.total_steps
+    possible = stream.rows_total // recipe.batch_rows
+    if not possible:
+        raise RecipeError(
+            f"data.max_epochs lets the stream give {stream.rows_total:,} rows, fewer than the {recipe.batch_rows:,} of "
+            "one update (train.batch_tokens / data.seq_len); raise max_epochs or lower batch_tokens"
+        )
+    return min(recipe.total_steps, possible)
+
+
+def _check_vocabulary(recipe: Recipe, stream: RowSource) -> None:
     tokenizer = stream.tokenizer
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise RecipeError(
-            f"the shards at {recipe.data.path} hold token ids up to {tokenizer.vocab_size - 1} (tokenizer "
+            f"the data at {recipe.data.path} hold token ids up to {tokenizer.vocab_size - 1} (tokenizer "
             f"{tokenizer.fingerprint[:12]}), but model.vocab_size is {recipe.model.vocab_size}; set it to "
             f"{tokenizer.vocab_size} or more"
         )

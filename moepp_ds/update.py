@@ -108,8 +108,15 @@ def update(
 
 
 def _forward(model: Any, batch: Batch, ranks: Ranks, told: RoutingInputs) -> ModelOutput:
-    tokens_BS1 = torch.from_numpy(batch.tokens_BS1).to(ranks.device)
-    return model(tokens_BS1, replace(told, first_row=batch.row_start))
+    return model(_on_device(batch.tokens_BS1, ranks.device), replace(told, first_row=batch.row_start))
+
+
+def _on_device(tokens_BS1: np.ndarray, device: torch.device) -> Tensor:
+    """The tokens as int64 on `device`; to a GPU from pinned memory, without waiting for what it is doing."""
+    tokens = torch.from_numpy(tokens_BS1)
+    if device.type == "cuda":
+        tokens = tokens.pin_memory().to(device, non_blocking=True)
+    return tokens.long()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """From a YAML file and `--set a.b=c` to a Recipe, or one RecipeError that lists every problem.
 
-1. Read the file as YAML, numbers as YAML 1.2 writes them (5e-4 is a number; 010 and 1:30, which YAML 1.1 takes
-   for 8 and 90, are none), a key given twice refused.
+1. Read the file as YAML (`data_pipeline.recipe_file` says of which kind), a key given twice refused.
 2. Lay its model section over one that comes from elsewhere, such as an imported folder, if there is one.
 3. Lay the overrides over it all; their values are YAML too.
 4. Fill in `name`, find the DeepSpeed JSON.
@@ -11,7 +10,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -20,48 +18,9 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from data_pipeline.recipe_file import parse_yaml
 from moepp_ds.config.errors import RecipeError, nearest
 from moepp_ds.config.recipe import Recipe
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML's safe loader, which makes plain values only, with the two changes below."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen and name != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {name!r} is given a second time", key.start_mark
-                )
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-# PyYAML follows YAML 1.1: 5e-4 and 1e11 lack the dot that makes them numbers, 010 is octal, 1:30 is sexagesimal
-# and 2024-01-01 a date. Plain decimal numbers take the place of all these.
-_DECIMAL = r"(?:0|[1-9][0-9_]*)"
-_NUMBERS = {
-    "tag:yaml.org,2002:int": rf"^[-+]?{_DECIMAL}$",
-    "tag:yaml.org,2002:float": (
-        rf"^(?:[-+]?(?:{_DECIMAL}(?:\.[0-9_]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-}
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag not in (*_NUMBERS, "tag:yaml.org,2002:timestamp")]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern in _NUMBERS.items():
-    _RecipeLoader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+.0123456789"))
-
-
-def _parse(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_RecipeLoader)  # noqa: S506  a SafeLoader by inheritance
-    except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
 
 
 def load_recipe(
@@ -119,7 +78,7 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: cannot be read as a recipe: {error}") from None
     try:
-        raw = _parse(text)
+        raw = parse_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: is not valid YAML: {_flat(error)}") from None
     if not isinstance(raw, dict):
@@ -135,7 +94,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not equals or not all(dotted.split(".")):
         raise RecipeError(f"--set {override}: write it as section.key=value, for example train.max_steps=100")
     try:
-        return dotted, _parse(text)
+        return dotted, parse_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML: {_flat(error)}") from None
 
@@ -208,7 +167,7 @@ def _describe(problem: Mapping[str, Any], origins: Mapping[str, str]) -> list[st
 def _suggest(loc: Sequence[str]) -> str:
     """Name the key that was probably meant, in this section or else anywhere, or list the section."""
     keys = dict(_keys(Recipe))
-    section = ".".join(loc[:-1])
+    section = ".".join(part for part in loc[:-1] if not part.isdigit())  # data.stages.0 is a section data.stages
     inside = [key for key, parent in keys.items() if parent == section]
     names = [key.rpartition(".")[2] for key in inside]
     near = nearest(loc[-1], names)
@@ -225,7 +184,8 @@ def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str
     """Yield every dotted key of the recipe with the dotted name of the section that holds it."""
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}", prefix.rstrip(".")
-        for kind in (field.annotation, *get_args(field.annotation)):  # a section, or a section or null
+        kinds = (field.annotation, *get_args(field.annotation))  # a section, or a section or null, or a list of them
+        for kind in (*kinds, *(inner for kind in kinds for inner in get_args(kind))):
             if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, BaseModel):
                 yield from _keys(kind, f"{prefix}{name}.")
 

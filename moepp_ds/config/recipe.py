@@ -42,7 +42,7 @@ class Recipe(Section):
     """The network."""
 
     data: DataConfig
-    """The token shards and the mixture drawn from them."""
+    """The token shards, or the raw files, and the mixture drawn from them."""
 
     train: TrainConfig
     """Length, batch, optimizer and schedule."""

@@ -5,17 +5,7 @@ Strict means that a number is a number: "8" is refused where 8 is meant, and tru
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-
-
-def _whole(value: Any) -> Any:
-    """Turn 1e11 into 100000000000: token counts are written that way, and YAML reads them as floats."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-TokenCount = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):

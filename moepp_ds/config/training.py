@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moepp_ds.config.section import Section, TokenCount
+from data_pipeline.config import TokenCount
+from moepp_ds.config.section import Section
 
 
 class TrainConfig(Section):

@@ -84,7 +84,11 @@ def model_card(
 
 def _without_places(recipe: Recipe) -> Recipe:
     """The recipe with names for its paths: a card is published, and folders of a machine are nobody's business."""
-    data = recipe.data.model_copy(update={"path": Path(recipe.data.path).name})
+    raw = recipe.data.raw
+    if raw is not None:
+        names = {corpus: Path(location).name for corpus, location in raw.corpora.items()}
+        raw = raw.model_copy(update={**names, "tokenizer": Path(raw.tokenizer).name})
+    data = recipe.data.model_copy(update={"path": Path(recipe.data.path).name, "raw": raw})
     return recipe.model_copy(update={"deepspeed": Path(recipe.deepspeed).name, "data": data})
 
 
@@ -103,15 +107,23 @@ def _facts(recipe: Recipe) -> dict[str, str]:
     }
 
 
+def _shares(quotas: Mapping[str, int]) -> str:
+    total = sum(quotas.values())
+    return ", ".join(f"{source} {100 * quota / total:g} %" for source, quota in quotas.items())
+
+
 def _training(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
     """What happened, as the checkpoint tells it."""
     lines = [f"{index['step']:,} of {recipe.total_steps:,} updates, {index.get('tokens', 0):,} tokens"]
     data = index.get("data")
     if data:
-        quotas: Mapping[str, int] = data["order"]["mixture"]
-        total = sum(quotas.values())
-        drawn = ", ".join(f"{source} {100 * quota / total:g} %" for source, quota in quotas.items())
-        lines.append(f"tokens were drawn from {drawn}")
+        stages = data["order"].get("stages") or [[0, data["order"]["mixture"]]]
+        drawn = [
+            (f"from row {start:,} on " if start else "") + _shares(quotas)
+            for start, quotas in stages
+            if not start or start < data["rows"]
+        ]
+        lines.append(f"tokens were drawn from {'; '.join(drawn)}")
     origin = index.get("origin") or {}
     if "from" in origin:
         named = ", ".join(f"{Path(one['folder']).name} ({one['model_type']})" for one in origin["from"])

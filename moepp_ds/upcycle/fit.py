@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.document import DataError
-from data_pipeline.manifest import read_manifest
+from data_pipeline.feed import find_tokenizer
 from moepp_ds.config import ModelConfig, Recipe, load_recipe
 from moepp_ds.hf_folder import FolderError
 from moepp_ds.upcycle.parts import Experts, split_width
@@ -80,7 +80,7 @@ def check_data(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str]:
                 f"(max_position_embeddings), data.seq_len is {seq_len}"
             )
     try:
-        tokenizer = read_manifest(Path(recipe.data.path)).settings.tokenizer
+        file, tokenizer = find_tokenizer(recipe.data)
     except DataError as error:
         return [*notices, f"the shards could not be looked at ({error}); make them with the checkpoint's tokenizer"]
     if tokenizer.vocab_size > vocab_size:
@@ -93,7 +93,7 @@ def check_data(recipe: Recipe, checkpoints: Sequence[Checkpoint]) -> list[str]:
             f"the shards have {tokenizer.vocab_size} ids, the checkpoint's embedding {vocab_size} rows; it may be "
             "padded, or the shards are of another tokenizer"
         )
-    return notices + _compare_tokenizers(Path(recipe.data.path) / tokenizer.file, checkpoints[0])
+    return notices + _compare_tokenizers(file, checkpoints[0])
 
 
 def _compare_tokenizers(used: Path, checkpoint: Checkpoint) -> list[str]:
