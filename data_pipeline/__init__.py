@@ -6,6 +6,7 @@
       | tokenizer    token ids; the end-of-document id follows each document
     shards       tokens and document ends on disk, checksummed; with the manifest they are a shard set
       | mixture      which source the next row comes from: exact shares at every prefix
+      | stages       mixtures one after another, and sources that may give only so many epochs
       | order        which row of that source: files and rows shuffled by keyed permutations
       | packing      rows of seq_len + 1 tokens out of the source's endless stream
     rows         a pure function of (config, index): no state, any number of ranks, O(1) resume

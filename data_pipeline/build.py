@@ -1,15 +1,19 @@
 """Raw files -> shards: the offline preparation, restartable at every file.
 
-    1. Lock the folder; fix or check the set's settings (tokenizer, held-out share, part length).
+    1. Lock the set; fix or compare its settings (tokenizer, held-out share, part length, ...).
     2. List the raw files of each corpus. A file whose record and shards are in place is kept as it is.
-    3. Every other file by itself, in this process or in several: read, set bad lines aside, split off
-       held-out documents, encode about a megabyte at a time, append to two shards, write the file's record
-       last.
-    4. When all files are done, judge each corpus's bad lines as a whole (many small files may each have a few)
-       and write the manifest.
+    3. Every other file by itself, in this process or in several, the largest first: read, set bad lines aside,
+       split off held-out documents, encode about a megabyte at a time, append to two shards, write the file's
+       record last.
+    4. When all files are done: take duplicates out, if that was asked for; judge each corpus's bad lines as a
+       whole (many small files may each have a few); write the manifest.
 
-A shard depends on its raw file and the settings alone, and every output is renamed into place when complete,
-so a build that was killed at any moment, started again, ends with the same bytes as one that was not.
+Steps 1 to 3 may be dealt out to independent tasks, each with a share of the files and perhaps on a machine of
+its own; `finish_set` then does step 4.
+
+A shard depends on its raw file and the settings alone (and on the other files' texts with deduplication), and
+every output is renamed into place when complete, so a build that was killed at any moment, started again, ends
+with the same bytes as one that was not.
 
 What happens to one file is in `file_build`.
 """
@@ -17,34 +21,38 @@ What happens to one file is in `file_build`.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import orjson
-from pydantic import TypeAdapter, ValidationError
-
-from data_pipeline.atomic import clear_unfinished, write_atomically
-from data_pipeline.document import DataError
-from data_pipeline.file_build import TOLERATED_BAD_LINES, Advance, FileJob, build_file, finished_record
+from data_pipeline.dedup import deduplicate
+from data_pipeline.document import DataError, RawFile
+from data_pipeline.file_build import Advance, build_file
+from data_pipeline.file_job import FileJob, read_done
 from data_pipeline.held_out import HeldOutRule
 from data_pipeline.manifest import (
+    DEFAULT_SPLIT_BYTES,
     MANIFEST,
-    SPLITS,
     FileRecord,
     Manifest,
     Settings,
-    TokenizerInfo,
     read_manifest,
     write_manifest,
 )
-from data_pipeline.readers import reader_for
+from data_pipeline.quarantine import TOLERATED_BAD_LINES, too_many
+from data_pipeline.readers import checked_sets, local_folder, raw_files
+from data_pipeline.set_locks import number_of_tasks, one_task, settling, whole_set
+from data_pipeline.set_settings import read_settings, settle, tokenizer_info
 from data_pipeline.shards import DEFAULT_PART_TOKENS
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.space import SpaceEstimate
+from data_pipeline.tasks import Task, fingerprint, longest_first, shares
+from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.workers import run_jobs
+
+Corpora = Mapping[str, str | Path]
+"""{corpus name: where its files are}."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +60,18 @@ class BuildReport:
     """How a build ended."""
 
     manifest: Manifest
+    """Of the whole set; of a task, only what it built and kept, which is not written."""
     built: int
     """Files built now."""
     kept: int
     """Files that an earlier build had finished."""
+
+    @property
+    def without_held_out(self) -> list[str]:
+        """Labels with text to train on and none held out, whose validation loss will not be known."""
+        files = self.manifest.files
+        held_out = {file.source for file in files if file.held_out.documents}
+        return sorted({file.source for file in files if file.train.documents} - held_out)
 
 
 class Watcher:
@@ -70,164 +86,216 @@ class Watcher:
     def end_file(self, job: FileJob, record: FileRecord) -> None:
         """Called when a file is complete."""
 
+    def step(self, what: str, done: int, of: int) -> None:
+        """Called while duplicates are taken out: how much of what is done."""
+
+    def say(self, text: str) -> None:
+        """Called with a sentence that people should read."""
+
 
 def build_set(
     root: Path,
     *,
     tokenizer_file: Path,
-    corpora: Mapping[str, Path],
+    corpora: Corpora,
     held_out: float = 0.005,
     workers: int = 1,
     max_bad_share: float = 0.001,
     eos: str | None = None,
     part_tokens: int = DEFAULT_PART_TOKENS,
+    split_bytes: int = DEFAULT_SPLIT_BYTES,
+    pile_exclude: Sequence[str] = (),
+    dedup: bool = False,
+    task: Task | None = None,
     watcher: Watcher | None = None,
 ) -> BuildReport:
-    """Build the shard set at `root` from corpora given as {corpus name: folder}.
+    """Build the shard set at `root` from corpora, or the share of it that is one task's.
 
-    Corpora built into `root` before and not named now stay in the set. Raises DataError for input that cannot
-    be used, for a folder that another build is writing to, and for settings other than the folder's.
+    Corpora built into `root` before and not named now stay in the set; with `dedup` all have to be named.
+    Raises DataError for input that cannot be used, for a folder that another build is writing to, and for
+    settings other than the folder's.
     """
     watcher = watcher or Watcher()
-    _check_arguments(corpora, held_out, workers, max_bad_share, part_tokens)
-    _refuse_nested(root, corpora)
-    raw = [(name, file) for name, path in corpora.items() for file in reader_for(name).find_files(path)]
-    tokenizer = load_tokenizer(tokenizer_file, eos)
-    root.mkdir(parents=True, exist_ok=True)
-    with _locked(root), _space_watched(root):
-        clear_unfinished(root)
-        settings = _settle(root, tokenizer, tokenizer_file, held_out, part_tokens)
-        jobs = [
-            FileJob(str(root), name, file, os.path.getsize(file.path), settings, max_bad_share)
-            for name, file in raw
-        ]
-        records = {job.key: record for job in jobs if (record := finished_record(job))}
-        todo = [job for job in jobs if job.key not in records]
-        watcher.begin(todo, len(records))
-        kept = len(records)
-        for job, record in run_jobs(build_file, todo, workers=workers, on_progress=watcher.advance):
-            records[job.key] = record
-            watcher.end_file(job, record)
-        for name in corpora:
-            _judge_corpus(root, name, [record for record in records.values() if record.corpus == name], max_bad_share)
-        files = [*_other_corpora(root, corpora), *records.values()]
-        manifest = Manifest(settings=settings, files=sorted(files, key=lambda file: file.key))
-        write_manifest(root, manifest)
-    return BuildReport(manifest=manifest, built=len(todo), kept=kept)
-
-
-def _check_arguments(
-    corpora: Mapping[str, Path], held_out: float, workers: int, max_bad_share: float, part_tokens: int
-) -> None:
-    if not corpora:
-        raise DataError("nothing to build: name at least one corpus folder (--redpajama, --dolma or --pile)")
-    if workers < 1 or part_tokens < 1 or not 0 <= max_bad_share <= 1:
-        raise DataError(
-            f"workers {workers} and part_tokens {part_tokens} must be at least 1, max_bad_share"
-            f" {max_bad_share} in [0, 1]"
-        )
+    _check_arguments(corpora, workers, max_bad_share, (part_tokens, split_bytes))
     HeldOutRule(held_out)
+    raw = raw_files(corpora, split_bytes=split_bytes)
+    _refuse_nested(root, corpora)
+    settings = Settings(
+        tokenizer=tokenizer_info(load_tokenizer(tokenizer_file, eos), tokenizer_file),
+        held_out=held_out,
+        part_tokens=part_tokens,
+        split_bytes=split_bytes,
+        pile_exclude=checked_sets(pile_exclude),
+        dedup=dedup,
+    )
+    root.mkdir(parents=True, exist_ok=True)
+    if task is None:
+        with whole_set(root) as lock:
+            settings = settle(root, settings, tokenizer_file)
+            jobs = _jobs(root, raw, settings, max_bad_share, lock)
+            build = _Build(root, settings, jobs, corpora, workers, watcher)
+            with build.space_watched():
+                build.build_files()
+                return build.complete()
+    plan = fingerprint((f"{corpus}/{file.name}", file.size) for corpus, file in raw)
+    with one_task(root, task, plan) as lock:
+        with settling(root):
+            settings = settle(root, settings, tokenizer_file)
+        jobs = shares(_jobs(root, raw, settings, max_bad_share, lock), task.of)[task.number - 1]
+        build = _Build(root, settings, jobs, corpora, workers, watcher)
+        with build.space_watched():
+            build.build_files()
+        return build.report()
 
 
-def _refuse_nested(root: Path, corpora: Mapping[str, Path]) -> None:
-    """Refuse a set inside a corpus: its quarantine would be read as raw data by the next build."""
-    out = Path(os.path.realpath(root))
-    for name, path in corpora.items():
-        folder = Path(os.path.realpath(path))
-        if folder in (out, *out.parents):
+def finish_set(
+    root: Path,
+    *,
+    corpora: Corpora,
+    workers: int = 1,
+    max_bad_share: float = 0.001,
+    watcher: Watcher | None = None,
+) -> BuildReport:
+    """Make a whole set of what tasks have built of `corpora` at `root`.
+
+    Raises DataError naming the files that are not built, and the tasks whose they are.
+    """
+    watcher = watcher or Watcher()
+    _check_arguments(corpora, workers, max_bad_share, ())
+    settings = read_settings(root)
+    raw = raw_files(corpora, split_bytes=settings.split_bytes)
+    with whole_set(root) as lock:
+        jobs = _jobs(root, raw, settings, max_bad_share, lock)
+        build = _Build(root, settings, jobs, corpora, workers, watcher)
+        build.refuse_unbuilt()
+        with build.space_watched():
+            return build.complete()
+
+
+class _Build:
+    """A build under way, of all files of some corpora or of a task's share of them; the set is locked."""
+
+    def __init__(
+        self, root: Path, settings: Settings, jobs: Sequence[FileJob], corpora: Corpora, workers: int, watcher: Watcher
+    ) -> None:
+        self._root, self._settings, self._jobs = root, settings, jobs
+        self._workers, self._watcher = workers, watcher
+        self._others = self._other_corpora(corpora)
+        self._records = {job.key: done.file for job in jobs if (done := read_done(job))}
+        self._kept = len(self._records)
+        self._space = SpaceEstimate(root, settings, jobs)
+        for job in jobs:
+            if job.key in self._records:
+                self._space.built(job, self._records[job.key])
+
+    def build_files(self) -> None:
+        """Build what is not built yet."""
+        todo = longest_first(job for job in self._jobs if job.key not in self._records)
+        self._watcher.begin(todo, self._kept)
+        if todo:
+            self._watcher.say(self._space.foreseen())
+        for job, record in run_jobs(build_file, todo, workers=self._workers, on_progress=self._watcher.advance):
+            self._records[job.key] = record
+            self._space.built(job, record)
+            self._watcher.end_file(job, record)
+
+    def refuse_unbuilt(self) -> None:
+        """Raise DataError when a file is not built, with the tasks that have to run again."""
+        todo = {job.key for job in self._jobs if job.key not in self._records}
+        if not todo:
+            return
+        tasks = number_of_tasks(self._root)
+        dealt = enumerate(shares(self._jobs, tasks), start=1) if tasks else ()
+        lacking = [f"{number}/{tasks}" for number, share in dealt if todo & {job.key for job in share}]
+        again = f"run --task {', '.join(lacking)} again" if lacking else "run `moepp-data build` again"
+        raise DataError(
+            f"{len(todo):,} of {len(self._jobs):,} files are not built, such as {min(todo)}: {again}, and then finish"
+        )
+
+    def complete(self) -> BuildReport:
+        """With all files built: take out duplicates, judge the corpora, write the manifest."""
+        if self._settings.dedup:
+            self._deduplicate()
+        for corpus in sorted({job.corpus for job in self._jobs}):
+            self._judge(corpus)
+        report = self.report(self._others)
+        write_manifest(self._root, report.manifest)
+        return report
+
+    def report(self, others: Sequence[FileRecord] = ()) -> BuildReport:
+        """How it went, with the files built and kept, and `others`."""
+        files = sorted([*others, *self._records.values()], key=lambda file: file.key)
+        return BuildReport(Manifest(settings=self._settings, files=files), len(self._records) - self._kept, self._kept)
+
+    def _other_corpora(self, named: Corpora) -> list[FileRecord]:
+        """Files of earlier builds whose corpus is not part of this one; with deduplication there may be none."""
+        if not (self._root / MANIFEST).exists():
+            return []
+        others = [file for file in read_manifest(self._root).files if file.corpus not in named]
+        if others and self._settings.dedup:
+            missing = ", ".join(f"--{corpus}" for corpus in sorted({file.corpus for file in others}))
             raise DataError(
-                f"{root} lies in the folder of --{name}, {path}, so what is written there would be read as raw"
+                f"{self._root} is deduplicated, and the first of equal texts is looked for in all its corpora together;"
+                f" name {missing} too"
+            )
+        return others
+
+    def _deduplicate(self) -> None:
+        documents = sum(file.documents for file in self._records.values())
+        self._watcher.say(f"looking for equal texts among {documents:,} documents")
+        watcher = self._watcher
+        for job, record in deduplicate(
+            self._root, self._jobs, workers=self._workers, on_step=watcher.step, on_rebuild=watcher.advance
+        ):
+            self._records[job.key] = record
+
+    def _judge(self, corpus: str) -> None:
+        """Stop where a corpus as a whole has too many bad lines."""
+        files = [record for record in self._records.values() if record.corpus == corpus]
+        bad = sum(file.bad_lines for file in files)
+        lines = bad + sum(file.documents + file.excluded for file in files)
+        max_bad_share = self._jobs[0].max_bad_share
+        if too_many(bad, lines, max_bad_share):
+            raise DataError(
+                f"{corpus}: {bad:,} of {lines:,} lines are no documents, more than {TOLERATED_BAD_LINES} and more than"
+                f" the allowed share of {max_bad_share:g}. They are in {self._root / 'quarantine' / corpus}; repair the"
+                " files, or allow more with --max-bad-share (what is built is kept)"
+            )
+
+    @contextmanager
+    def space_watched(self) -> Iterator[None]:
+        """Where the disk is full, say about how much is missing."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(self._space.shortage()) from error
+
+
+def _refuse_nested(root: Path, corpora: Corpora) -> None:
+    """Refuse a set inside a corpus's folder: its quarantine would be read as raw data by the next build."""
+    out = Path(os.path.realpath(root))
+    for name, location in corpora.items():
+        folder = local_folder(location)
+        if folder and folder.is_dir() and Path(os.path.realpath(folder)) in (out, *out.parents):
+            raise DataError(
+                f"{root} lies in the folder of --{name}, {folder}, so what is written there would be read as raw"
                 " data; build into a folder outside the corpora"
             )
 
 
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Hold the folder's lock. The kernel owns it, so it ends with the process, even a killed one."""
-    with open(root / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another build is writing to {root}; wait for it to end, or build into another folder"
-            ) from None
-        yield
+def _jobs(
+    root: Path, raw: Sequence[tuple[str, RawFile]], settings: Settings, max_bad_share: float, lock: str
+) -> list[FileJob]:
+    return [FileJob(str(root), corpus, file, settings, max_bad_share, lock) for corpus, file in raw]
 
 
-@contextmanager
-def _space_watched(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+def _check_arguments(corpora: Corpora, workers: int, max_bad_share: float, lengths: Sequence[int]) -> None:
+    if not corpora:
+        raise DataError("nothing to build: name at least one corpus (--redpajama, --dolma or --pile)")
+    if workers < 1 or min(lengths, default=1) < 1 or not 0 <= max_bad_share <= 1:
         raise DataError(
-            f"no space is left for {root}; finished files are kept: make room and run the same command again"
-        ) from error
-
-
-def _settle(
-    root: Path, tokenizer: Tokenizer, tokenizer_file: Path, held_out: float, part_tokens: int
-) -> Settings:
-    """Fix the set's settings at the first build, check them at later ones; put the tokenizer beside the
-    shards."""
-    settings = Settings(
-        tokenizer=TokenizerInfo(
-            file=f"tokenizer/{tokenizer_file.name}",
-            kind=tokenizer.kind,
-            vocab_size=tokenizer.vocab_size,
-            eos_token=tokenizer.eos_token,
-            eos_id=tokenizer.eos_id,
-            fingerprint=tokenizer.fingerprint,
-        ),
-        held_out=held_out,
-        part_tokens=part_tokens,
-    )
-    path = root / "settings.json"
-    if path.exists():
-        before = _read_settings(path)
-        settings = replace(settings, tokenizer=replace(settings.tokenizer, file=before.tokenizer.file))
-        if before != settings:
-            raise DataError(
-                f"{root} was begun with other settings: {_differences(before, settings)}; build into another"
-                " folder, or delete this one"
-            )
-    else:
-        write_atomically(path, orjson.dumps(settings, option=orjson.OPT_INDENT_2) + b"\n")
-    write_atomically(root / settings.tokenizer.file, tokenizer_file.read_bytes())
-    return settings
-
-
-def _differences(before: Settings, now: Settings) -> str:
-    pairs = [
-        ("tokenizer", before.tokenizer.fingerprint[:12], now.tokenizer.fingerprint[:12]),
-        ("held-out share", before.held_out, now.held_out),
-        ("part length", before.part_tokens, now.part_tokens),
-    ]
-    return ", ".join(f"{name} {old} then and {new} now" for name, old, new in pairs if old != new)
-
-
-def _read_settings(path: Path) -> Settings:
-    try:
-        return TypeAdapter(Settings).validate_json(path.read_bytes())
-    except ValidationError:
-        raise DataError(f"{path} is damaged; build into another folder, or delete this one") from None
-
-
-def _judge_corpus(root: Path, corpus: str, files: Sequence[FileRecord], max_bad_share: float) -> None:
-    """Stop where a corpus as a whole has too many bad lines, by the rule that `file_build` has for one file."""
-    bad = sum(file.bad_lines for file in files)
-    lines = bad + sum(file.split(split).documents for file in files for split in SPLITS)
-    if bad > max(TOLERATED_BAD_LINES, max_bad_share * lines):
-        raise DataError(
-            f"{corpus}: {bad:,} of {lines:,} lines are no documents, more than {TOLERATED_BAD_LINES} and more than"
-            f" the allowed share of {max_bad_share:g}. They are in {root / 'quarantine' / corpus}; repair the files,"
-            " or allow more with --max-bad-share (what is built is kept)"
+            f"workers {workers}, part_tokens and split_bytes {tuple(lengths)} must be at least 1, max_bad_share"
+            f" {max_bad_share} in [0, 1]"
         )
-
-
-def _other_corpora(root: Path, corpora: Mapping[str, Path]) -> list[FileRecord]:
-    """Files of earlier builds whose corpus is not part of this one."""
-    if not (root / MANIFEST).exists():
-        return []
-    return [file for file in read_manifest(root).files if file.corpus not in corpora]

@@ -3,20 +3,21 @@ exactness.
 
 The raw files are read and encoded once more, document by document, each with one end-of-document id. The
 shards' own tokens are counted, not what the manifest says of them. Nothing is shared with `build` but the
-readers and the tokenizer.
+readers and the tokenizer. Of a deduplicated set, which documents are duplicates is taken from its build.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.document import BadLine, DataError, RawFile
-from data_pipeline.manifest import SPLITS, FileRecord, TokenizerInfo, read_manifest, shard_path
-from data_pipeline.readers import read_documents, reader_for
+from data_pipeline.document import BadLine, DataError, PassedOver, RawFile
+from data_pipeline.file_job import read_dropped
+from data_pipeline.manifest import SPLITS, FileRecord, Settings, TokenizerInfo, read_manifest, shard_path
+from data_pipeline.readers import raw_files, read_documents
 from data_pipeline.shards import CHUNK_BYTES, Shard
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.workers import Report, run_jobs
@@ -27,19 +28,23 @@ DEVIATION_BOUND = 1.1
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Documents, tokens and bad lines of a file or of several."""
+    """What a file holds, or several; every non-blank line is in one of documents, bad lines, excluded, duplicates."""
 
     documents: int = 0
+    """Those to train on and those held out."""
     tokens: int = 0
+    """Of these documents."""
     bad_lines: int = 0
+    excluded: int = 0
+    duplicates: int = 0
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.documents + other.documents, self.tokens + other.tokens, self.bad_lines + other.bad_lines
-        )
+        return Tally(*map(sum, zip(astuple(self), astuple(other))))
 
     def __str__(self) -> str:
-        return f"{self.documents:,} documents, {self.tokens:,} tokens, {self.bad_lines:,} bad lines"
+        text = f"{self.documents:,} documents, {self.tokens:,} tokens, {self.bad_lines:,} bad lines"
+        further = {"excluded": self.excluded, "duplicates": self.duplicates}
+        return text + "".join(f", {number:,} {name}" for name, number in further.items() if number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,8 @@ class Counted:
 class _CountJob:
     corpus: str
     raw: RawFile
-    tokenizer: str
-    eos_token: str
+    root: str
+    settings: Settings
 
     def __str__(self) -> str:
         return self.raw.path
@@ -65,7 +70,7 @@ class _CountJob:
 
 def count_set(
     root: Path,
-    corpora: Mapping[str, Path],
+    corpora: Mapping[str, str | Path],
     *,
     workers: int = 1,
     on_file: Callable[[RawFile], None] = lambda file: None,
@@ -76,9 +81,8 @@ def count_set(
     manifest = read_manifest(root)
     info = manifest.settings.tokenizer
     jobs = [
-        _CountJob(name, file, str(root / info.file), info.eos_token)
-        for name, path in corpora.items()
-        for file in reader_for(name).find_files(path)
+        _CountJob(name, file, str(root), manifest.settings)
+        for name, file in raw_files(corpora, split_bytes=manifest.settings.split_bytes)
     ]
     listed = {file.key: file for file in manifest.files if file.corpus in corpora}
     raw: dict[str, Tally] = {}
@@ -103,20 +107,26 @@ def count_set(
 
 
 def _count_file(job: _CountJob, report: Report) -> Tally:
-    tokenizer = load_tokenizer(job.tokenizer, job.eos_token)
-    documents = tokens = bad_lines = 0
-    for item in read_documents(job.raw, job.corpus):
+    root, settings = Path(job.root), job.settings
+    tokenizer = load_tokenizer(root / settings.tokenizer.file, settings.tokenizer.eos_token)
+    left_out = set(read_dropped(root, f"{job.corpus}/{job.raw.name}").tolist()) if settings.dedup else set()
+    places = documents = tokens = bad_lines = excluded = 0
+    for item in read_documents(job.raw, job.corpus, exclude=settings.pile_exclude):
         if isinstance(item, BadLine):
             bad_lines += 1
+        elif isinstance(item, PassedOver):
+            excluded += 1
         else:
-            documents += 1
-            tokens += len(tokenizer.encode_batch([item.text])[0]) + 1
-    return Tally(documents, tokens, bad_lines)
+            if places not in left_out:
+                documents += 1
+                tokens += len(tokenizer.encode_batch([item.text])[0]) + 1
+            places += 1
+    return Tally(documents, tokens, bad_lines, excluded, places - documents)
 
 
 def _count_shards(root: Path, record: FileRecord, info: TokenizerInfo) -> Tally:
     """Tokens and end-of-document ids that lie in a file's shards."""
-    total = Tally(bad_lines=record.bad_lines)
+    total = Tally(bad_lines=record.bad_lines, excluded=record.excluded, duplicates=record.duplicates)
     for split in SPLITS:
         if record.split(split).documents:
             tokens = Shard(shard_path(root, record.key, split)).tokens

@@ -1,63 +1,36 @@
 """One raw file -> its train shard, its held-out shard, its quarantine and its record.
 
-    1. Read documents and bad lines; bad lines go to the quarantine with their place, the reason and their
-       bytes.
+    1. Read documents and bad lines; bad lines go to the quarantine.
     2. Take documents until about a megabyte of text is together, and encode them in one call.
     3. The hash of each text says which of the two shards its ids go to.
-    4. When the file is at its end both shards get their names; then, last, the record is written.
+    4. At the file's end the old record is deleted, shards (and, with deduplication, the hashes of the texts)
+       get their names, and then, last, the new record is written.
 
-A file may have 10 bad lines, or `max_bad_share` of its lines if that is more. This is judged every 10,000
-lines and at the file's end; one bad line more stops the build (`build` judges each corpus as a whole by the same
-rule). The quarantine is kept in any case.
+How many lines may be bad is `quarantine`'s rule; `build` judges each corpus as a whole by the same.
 """
 
 from __future__ import annotations
 
-import base64
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
-import orjson
-from pydantic import TypeAdapter, ValidationError
-
-from data_pipeline.atomic import commit, create_beside, write_atomically
-from data_pipeline.document import BadLine, DataError, RawFile
+from data_pipeline.atomic import clear_unfinished_of, remove
+from data_pipeline.document import BadLine, DataError, Document
+from data_pipeline.file_job import Done, FileJob, write_done
 from data_pipeline.held_out import HeldOutRule
-from data_pipeline.manifest import SPLITS, FileRecord, Settings, Split, SplitRecord, checked_shard, shard_path
-from data_pipeline.readers import read_documents
+from data_pipeline.locks import at_work
+from data_pipeline.manifest import SPLITS, FileRecord, Split, SplitRecord, shard_path
+from data_pipeline.quarantine import JUDGED_EVERY_LINES, Quarantine
+from data_pipeline.readers import read_documents, refuse_changed
 from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.text_hashes import HashWriter
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.workers import Report
 
-TOLERATED_BAD_LINES = 10
-JUDGED_EVERY_LINES = 10_000
 BATCH_DOCUMENTS = 512
 BATCH_CHARACTERS = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class FileJob:
-    """One raw file to build."""
-
-    root: str
-    corpus: str
-    raw: RawFile
-    raw_bytes: int
-    """Size of the raw file as it lies on disk."""
-    settings: Settings
-    max_bad_share: float
-
-    @property
-    def key(self) -> str:
-        """Names the file within the set, as `FileRecord.key`."""
-        return f"{self.corpus}/{self.raw.name}"
-
-    def __str__(self) -> str:
-        return self.raw.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,70 +42,71 @@ class Advance:
     bad_lines: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    """What is written when a file is complete: its record, and the input it was made from."""
-
-    file: FileRecord
-    modified_ns: int
-
-
-def _record_path(job: FileJob) -> Path:
-    return Path(job.root) / "records" / f"{job.key}.json"
-
-
-def finished_record(job: FileJob) -> FileRecord | None:
-    """The record of a file that needs no building: same input, shards in place. None otherwise."""
-    try:
-        done = TypeAdapter(_Done).validate_json(_record_path(job).read_bytes())
-        for split in SPLITS:
-            checked_shard(Path(job.root), job.settings.tokenizer, done.file, split)
-    except (FileNotFoundError, ValidationError, DataError):
-        return None
-    status = os.stat(job.raw.path)
-    same = (done.file.source, done.file.input_bytes, done.modified_ns) == (
-        job.raw.source,
-        status.st_size,
-        status.st_mtime_ns,
-    )
-    return done.file if same else None
-
-
 def build_file(job: FileJob, report: Report) -> FileRecord:
     """Build one raw file; `report` gets an `Advance` for every batch of documents."""
+    with at_work(job.lock, report):
+        return rebuild(job, report).file
+
+
+def rebuild(job: FileJob, report: Report) -> Done:
+    """`build_file` for who holds the job's lock already; what was done of the file before is replaced."""
+    _clear_unfinished(job)
     info = job.settings.tokenizer
     tokenizer = load_tokenizer(Path(job.root, info.file), info.eos_token)
     rule = HeldOutRule(job.settings.held_out)
-    status = os.stat(job.raw.path)
     with ExitStack() as stack:
-        quarantine = stack.enter_context(_Quarantine(job))
-        writers = {split: stack.enter_context(_writer(job, split)) for split in SPLITS}
-        for texts in _batches(job, quarantine):
-            tokens = 0
+        quarantine = stack.enter_context(_quarantine(job))
+        writers = {split: stack.enter_context(shard_writer(job, split)) for split in SPLITS}
+        hashes = stack.enter_context(HashWriter(job.hashes_path)) if job.settings.dedup else None
+        reading = _Reading(job, quarantine)
+        checked = False
+        for texts in reading.batches():
             encoded = [text.encode() for text in texts]
-            splits: list[Split] = ["held_out" if rule(data) else "train" for data in encoded]
-            ids = tokenizer.encode_batch(texts)
+            held_out = [rule(data) for data in encoded]
+            try:
+                ids = tokenizer.encode_batch(texts, check=not checked)
+            except DataError as error:
+                raise DataError(f"{job}: {error}") from error
+            checked = checked or bool(texts)
             for split, writer in writers.items():
-                mine = [place for place, own in enumerate(splits) if own == split]
-                writer.write(
-                    [ids[place] for place in mine], text_bytes=sum(len(encoded[place]) for place in mine)
-                )
-                tokens += sum(len(ids[place]) + 1 for place in mine)
-            report(Advance(sum(map(len, encoded)), tokens, quarantine.taken()))
+                mine = [place for place, own in enumerate(held_out) if own == (split == "held_out")]
+                writer.write([ids[place] for place in mine], text_bytes=sum(len(encoded[place]) for place in mine))
+            if hashes:
+                hashes.write(encoded, held_out)
+            report(Advance(sum(map(len, encoded)), sum(map(len, ids)) + len(ids), quarantine.taken()))
+        refuse_changed(job.raw)
+        remove(job.record_path)
+        remove(job.dropped_path)
     record = FileRecord(
         corpus=job.corpus,
         name=job.raw.name,
         source=job.raw.source,
-        input_bytes=status.st_size,
+        input_bytes=job.raw.size,
         bad_lines=quarantine.lines,
-        train=_split_record(writers["train"]),
-        held_out=_split_record(writers["held_out"]),
+        excluded=reading.excluded,
+        train=split_record(writers["train"]),
+        held_out=split_record(writers["held_out"]),
     )
-    write_atomically(_record_path(job), orjson.dumps(_Done(record, status.st_mtime_ns)))
-    return record
+    done = Done(record, job.raw.version, hashes.checksum if hashes else "")
+    write_done(job, done)
+    return done
 
 
-def _writer(job: FileJob, split: Split) -> ShardWriter:
+def _quarantine(job: FileJob) -> Quarantine:
+    path = Path(job.root, "quarantine", f"{job.key}.jsonl")
+    return Quarantine(path, raw_path=job.raw.path, max_bad_share=job.max_bad_share)
+
+
+def _clear_unfinished(job: FileJob) -> None:
+    """Delete what an interrupted build of this file left."""
+    shards = [shard_path(Path(job.root), job.key, split) for split in SPLITS]
+    quarantine = Path(job.root, "quarantine", f"{job.key}.jsonl")
+    for path in (*shards, quarantine, job.hashes_path, job.dropped_path, job.record_path):
+        clear_unfinished_of(path)
+
+
+def shard_writer(job: FileJob, split: Split) -> ShardWriter:
+    """A writer for the shard of one split of a file."""
     info = job.settings.tokenizer
     return ShardWriter(
         shard_path(Path(job.root), job.key, split),
@@ -143,7 +117,8 @@ def _writer(job: FileJob, split: Split) -> ShardWriter:
     )
 
 
-def _split_record(writer: ShardWriter) -> SplitRecord:
+def split_record(writer: ShardWriter) -> SplitRecord:
+    """What a writer has written, once its block has ended."""
     header = writer.header
     if header is None:
         return SplitRecord()
@@ -155,78 +130,34 @@ def _split_record(writer: ShardWriter) -> SplitRecord:
     )
 
 
-def _batches(job: FileJob, quarantine: _Quarantine) -> Iterator[list[str]]:
-    """Texts of the file's documents in order, a batch at a time; bad lines go to the quarantine.
+class _Reading:
+    """The documents of one raw file, in batches; bad lines go to the quarantine."""
 
-    The last batch may be empty, so that bad lines after the last document are reported too.
-    """
-    texts: list[str] = []
-    characters = 0
-    lines = 0
-    for lines, item in enumerate(read_documents(job.raw, job.corpus), start=1):
-        if isinstance(item, BadLine):
-            quarantine.add(item)
-        else:
-            texts.append(item.text)
-            characters += len(item.text)
-        if lines % JUDGED_EVERY_LINES == 0:
-            quarantine.judge(lines)
-        if len(texts) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield texts
-            texts, characters = [], 0
-    quarantine.judge(lines)
-    yield texts
+    def __init__(self, job: FileJob, quarantine: Quarantine) -> None:
+        self._job, self._quarantine = job, quarantine
+        self.excluded = 0
+        """Documents passed over so far."""
 
-
-class _Quarantine:
-    """The bad lines of one file, in OUT/quarantine/<corpus>/<raw file>.jsonl; no bad lines, no file."""
-
-    def __init__(self, job: FileJob) -> None:
-        self.path = Path(job.root, "quarantine", f"{job.key}.jsonl")
-        self.lines = 0
-        self._job = job
-        self._taken = 0
-        self._last = ""
-        self._file = create_beside(self.path)
-
-    def add(self, bad: BadLine) -> None:
-        """Copy a bad line: its place, why it is bad, and its bytes in base64."""
-        entry = {
-            "file": bad.file,
-            "line": bad.line,
-            "reason": bad.reason,
-            "raw": base64.b64encode(bad.raw).decode(),
-        }
-        self._file.write(orjson.dumps(entry) + b"\n")
-        self.lines += 1
-        self._last = f"line {bad.line} ({bad.reason})"
-
-    def taken(self) -> int:
-        """Lines added since it was last asked."""
-        new = self.lines - self._taken
-        self._taken = self.lines
-        return new
-
-    def judge(self, lines: int) -> None:
-        """Stop the build when of `lines` lines too many were bad."""
-        allowed = max(TOLERATED_BAD_LINES, self._job.max_bad_share * lines)
-        if self.lines > allowed:
-            raise DataError(
-                f"{self._job.raw.path}: {self.lines:,} of {lines:,} lines are no documents, more than"
-                f" {TOLERATED_BAD_LINES} and more than the allowed share of {self._job.max_bad_share:g}; the"
-                f" last is {self._last}. They are in {self.path}; repair the file, or allow more with"
-                " --max-bad-share"
-            )
-
-    def __enter__(self) -> _Quarantine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with self._file:
-            if self.lines:
-                commit(self._file, self.path)
+    def batches(self) -> Iterator[list[str]]:
+        """Texts in order, a batch at a time; some are empty, so that of lines without any texts is reported too."""
+        job, quarantine = self._job, self._quarantine
+        texts: list[str] = []
+        characters = lines = 0
+        for lines, item in enumerate(
+            read_documents(job.raw, job.corpus, exclude=job.settings.pile_exclude), start=1
+        ):
+            if isinstance(item, Document):
+                texts.append(item.text)
+                characters += len(item.text)
+            elif isinstance(item, BadLine):
+                quarantine.add(item)
             else:
-                Path(self._file.name).unlink(missing_ok=True)
-                self.path.unlink(missing_ok=True)
+                self.excluded += 1
+            judged = lines % JUDGED_EVERY_LINES == 0
+            if judged:
+                quarantine.judge(lines)
+            if judged or len(texts) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                yield texts
+                texts, characters = [], 0
+        quarantine.judge(lines)
+        yield texts

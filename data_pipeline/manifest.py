@@ -6,6 +6,7 @@
     OUT/shards/<corpus>/<raw file>.held_out  one of its held-out documents; no documents, no shard
     OUT/records/<corpus>/<raw file>.json     the file's entry, so that an interrupted build knows what is done
     OUT/quarantine/<corpus>/<raw file>.jsonl the lines that are no documents, when there are any
+    OUT/dedup/<corpus>/<raw file>.*          with deduplication: what later builds need to know of the texts
 
 No path of the machine that built it is stored: the folder can be moved and copied.
 """
@@ -29,6 +30,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
+DEFAULT_SPLIT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,13 @@ class FileRecord:
     """Path below the corpus root; `corpus/name` is the key by which files are ordered."""
     source: str
     input_bytes: int
+    """Size of the raw file, or of the piece of one, as it is stored."""
     bad_lines: int
+    excluded: int = 0
+    """Documents passed over: of a set that the user left out (`Settings.pile_exclude`), or of another subset
+    of a mixed file, which has a record of its own."""
+    duplicates: int = 0
+    """Documents left out because the same text stays at an earlier place (`Settings.dedup`)."""
     train: SplitRecord
     held_out: SplitRecord
 
@@ -74,6 +82,11 @@ class FileRecord:
     def key(self) -> str:
         """Names the file within the set."""
         return f"{self.corpus}/{self.name}"
+
+    @property
+    def documents(self) -> int:
+        """Documents of the raw file that were not excluded, duplicates among them."""
+        return self.train.documents + self.held_out.documents + self.duplicates
 
     def split(self, split: Split) -> SplitRecord:
         """The record of one split."""
@@ -88,6 +101,12 @@ class Settings:
     held_out: float
     """Share of documents held out."""
     part_tokens: int
+    split_bytes: int = DEFAULT_SPLIT_BYTES
+    """Plain raw files above this size are read in pieces, each with shards of its own."""
+    pile_exclude: tuple[str, ...] = ()
+    """Names of the Pile's sets whose documents are left out, sorted."""
+    dedup: bool = False
+    """Whether of equal texts only the first is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,19 +146,18 @@ def read_manifest(root: Path) -> Manifest:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     try:
-        version = orjson.loads(raw)["version"]
-    except (orjson.JSONDecodeError, KeyError, TypeError):
-        raise DataError(
-            f"{path} is damaged: it is no JSON object with a version; build the set again"
-        ) from None
-    if version != VERSION:
-        raise DataError(
-            f"{path} has version {version!r}; this program reads version {VERSION}: update the program, or"
-            " build the set again with this one"
-        )
-    try:
         manifest = TypeAdapter(Manifest).validate_json(raw)
+        if manifest.version != VERSION:
+            raise DataError(_another_version(path, manifest.version))
     except ValidationError as error:
+        try:
+            version = orjson.loads(raw)["version"]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise DataError(
+                f"{path} is damaged: it is no JSON object with a version; build the set again"
+            ) from None
+        if version != VERSION:
+            raise DataError(_another_version(path, version)) from None
         first = error.errors()[0]
         raise DataError(
             f"{path} is damaged at {'.'.join(map(str, first['loc']))}: {first['msg']}; build the set again"
@@ -150,7 +168,14 @@ def read_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def checked_shard(root: Path, tokenizer: TokenizerInfo, file: FileRecord, split: Split) -> ShardHeader | None:
+def _another_version(path: Path, version: object) -> str:
+    return (
+        f"{path} has version {version!r}; this program reads version {VERSION}: update the program, or build the"
+        " set again with this one"
+    )
+
+
+def checked_shard(root: Path | str, tokenizer: TokenizerInfo, file: FileRecord, split: Split) -> ShardHeader | None:
     """Header of a file's shard after the cheap checks, or None when the split has no document.
 
     Beside `read_header`'s checks: the shard is of the set's tokenizer and it is the one the manifest lists.
@@ -158,7 +183,7 @@ def checked_shard(root: Path, tokenizer: TokenizerInfo, file: FileRecord, split:
     record = file.split(split)
     if not record.documents:
         return None
-    path = shard_path(root, file.key, split)
+    path = f"{root}/shards/{file.key}.{split}"  # as `shard_path`, which takes longer than reading the header
     header = read_header(path)
     if (header.fingerprint, header.vocab_size, header.eos_id) != (
         tokenizer.fingerprint,

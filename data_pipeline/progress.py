@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from data_pipeline.build import Watcher
 from data_pipeline.describe import amount
-from data_pipeline.file_build import Advance, FileJob
+from data_pipeline.file_build import Advance
+from data_pipeline.file_job import FileJob
 from data_pipeline.manifest import FileRecord
 
 PLAIN_EVERY_SECONDS = 10.0
@@ -25,7 +27,6 @@ def _bar(console: Console) -> Progress:
         SpinnerColumn(),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%  {task.description}"),
-        TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
         transient=True,
@@ -44,8 +45,8 @@ class BuildProgress(Watcher):
         self._bar = _bar(console)
         self._task = self._bar.add_task("", total=None)
         self._started = self._printed = time.monotonic()
-        self._files = self._done_files = self._raw_bytes = self._done_text = 0
-        self._under_way: dict[str, int] = {}
+        self._files = self._done_files = self._total = self._raw_bytes = self._done_text = 0
+        self._under_way: dict[str, tuple[int, int]] = {}
         self._text = self._tokens = self._bad_lines = 0
 
     def __enter__(self) -> BuildProgress:
@@ -60,37 +61,51 @@ class BuildProgress(Watcher):
     def begin(self, jobs: list[FileJob], kept: int) -> None:
         """See `Watcher`."""
         self._files = len(jobs)
-        total = sum(job.raw_bytes for job in jobs)
-        self._bar.update(self._task, total=total)
+        self._total = sum(job.size for job in jobs)
+        self._bar.update(self._task, total=self._total)
         kept_too = f"; {kept:,} files are already built" if kept else ""
-        self._console.print(f"building {len(jobs):,} files, {amount(total)}B{kept_too}", highlight=False)
+        self._console.print(f"building {len(jobs):,} files, {amount(self._total)}B{kept_too}", highlight=False)
 
     def advance(self, job: FileJob, done: Advance) -> None:
         """See `Watcher`."""
-        self._under_way[job.key] = self._under_way.get(job.key, 0) + done.text_bytes
+        _, text = self._under_way.get(job.key, (0, 0))
+        self._under_way[job.key] = (job.size, text + done.text_bytes)
         self._text += done.text_bytes
         self._tokens += done.tokens
         self._bad_lines += done.bad_lines
-        self._show(job)
+        self._show()
 
     def end_file(self, job: FileJob, record: FileRecord) -> None:
         """See `Watcher`."""
-        self._done_text += self._under_way.pop(job.key, 0)
-        self._raw_bytes += job.raw_bytes
+        self._done_text += self._under_way.pop(job.key, (0, 0))[1]
+        self._raw_bytes += job.size
         self._done_files += 1
-        self._show(job)
+        self._show()
 
-    def _show(self, job: FileJob) -> None:
+    def step(self, what: str, done: int, of: int) -> None:
+        """See `Watcher`."""
+        self._update(f"{what}: {done:,}/{of:,}", completed=done, total=of)
+
+    def say(self, text: str) -> None:
+        """See `Watcher`."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def _show(self) -> None:
         ratio = self._done_text / self._raw_bytes if self._done_text else _FIRST_RATIO
-        under_way = min(job.raw_bytes, self._under_way.get(job.key, 0) / ratio)
-        now = time.monotonic()
-        seconds = max(now - self._started, 1e-9)
+        under_way = sum(min(size, text / ratio) for size, text in self._under_way.values())
+        completed = self._raw_bytes + under_way
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        left = timedelta(seconds=round(seconds * (self._total - completed) / max(completed, 1)))
         line = (
             f"{self._done_files:,}/{self._files:,} files  {amount(self._text)}B text"
             f" ({self._text / seconds / 1e6:.1f} MB/s)  {amount(self._tokens)} tokens"
-            f" ({amount(self._tokens / seconds)}/s)  {self._bad_lines:,} bad lines"
+            f" ({amount(self._tokens / seconds)}/s)  {self._bad_lines:,} bad lines  {left} left"
         )
-        self._bar.update(self._task, completed=self._raw_bytes + under_way, description=line)
+        self._update(line, completed=completed)
+
+    def _update(self, line: str, *, completed: float, total: float | None = None) -> None:
+        self._bar.update(self._task, completed=completed, total=total, description=line)
+        now = time.monotonic()
         if not self._console.is_terminal and now - self._printed > PLAIN_EVERY_SECONDS:
             self._printed = now
             self._console.print(line, highlight=False)

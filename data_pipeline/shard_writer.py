@@ -63,27 +63,30 @@ class ShardWriter:
 
     def write(self, documents: Sequence[np.ndarray], *, text_bytes: int) -> None:
         """Append documents, each a 1-D integer array of ids without its end; `text_bytes`: UTF-8, of all."""
-        if not documents:
+        if documents:
+            end = np.array([self._eos_id], dtype=documents[0].dtype)
+            tokens = np.concatenate([part for ids in documents for part in (ids, end)])
+            self.write_tokens(tokens, np.cumsum([len(ids) + 1 for ids in documents]), text_bytes=text_bytes)
+
+    def write_tokens(self, tokens: np.ndarray, ends: np.ndarray, *, text_bytes: int) -> None:
+        """Append whole documents as they lie in a shard: ids with their ends, and where in `tokens` each ends."""
+        if not len(ends):
             return
-        lengths = np.array([len(ids) + 1 for ids in documents])
-        ends = np.cumsum(lengths)
-        wide = np.full(int(ends[-1]), self._eos_id, dtype=np.int64)
-        for end, ids in zip(ends.tolist(), documents):
-            wide[end - 1 - len(ids) : end - 1] = ids
-        if wide.min() < 0 or wide.max() >= self._vocab_size:
-            outside = wide.min() if wide.min() < 0 else wide.max()
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if lowest < 0 or highest >= self._vocab_size:
             raise DataError(
-                f"token id {outside} is outside the tokenizer's vocabulary of {self._vocab_size:,} ids"
+                f"token id {lowest if lowest < 0 else highest}, to be written to {self.path}, is outside the"
+                f" tokenizer's vocabulary of {self._vocab_size:,} ids; the tokenizer or the shard it comes from is damaged"
             )
-        tokens = wide.astype(self._dtype)
-        stored_ends = (ends + self._tokens).astype("<u8")
-        self._file.write(tokens.data)
-        self._tokens_digest.update(tokens.data)
+        stored = np.ascontiguousarray(tokens, dtype=self._dtype)
+        stored_ends = ends.astype("<u8") + np.uint64(self._tokens)
+        self._file.write(stored.data)
+        self._tokens_digest.update(stored.data)
         self._ends.write(stored_ends.data)
         self._ends_digest.update(stored_ends.data)
         self._cut_parts(stored_ends)
-        self._tokens += len(tokens)
-        self._documents += len(documents)
+        self._tokens += len(stored)
+        self._documents += len(ends)
         self._text_bytes += text_bytes
 
     def _cut_parts(self, ends: np.ndarray) -> None:
@@ -98,16 +101,15 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None and self._documents:
-                self._finish()
-            elif kind is None:
-                self.path.unlink(missing_ok=True)  # an earlier build may have found documents
-        finally:
-            self._file.close()
-            self._ends.close()
-            if self.header is None:
-                Path(self._file.name).unlink(missing_ok=True)
+        with self._file, self._ends:
+            try:
+                if kind is None and self._documents:
+                    self._finish()
+                elif kind is None:
+                    self.path.unlink(missing_ok=True)  # an earlier build may have found documents
+            finally:
+                if self.header is None:  # before the files are closed, which fails too when the disk is full
+                    Path(self._file.name).unlink(missing_ok=True)
 
     def _finish(self) -> None:
         if not self._cuts or self._cuts[-1] != self._tokens:

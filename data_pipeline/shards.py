@@ -33,6 +33,7 @@ written under a temporary name, synced and renamed: a file that bears a shard's 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -75,9 +76,8 @@ class ShardHeader:
     ends_sum: bytes
     cuts_sum: bytes
 
-    def encode(self) -> bytes:
-        """The header's 256 bytes."""
-        body = _LAYOUT.pack(
+    def _body(self) -> bytes:
+        return _LAYOUT.pack(
             MAGIC,
             VERSION,
             self.width,
@@ -93,12 +93,16 @@ class ShardHeader:
             self.ends_sum,
             self.cuts_sum,
         )
+
+    def encode(self) -> bytes:
+        """The header's 256 bytes."""
+        body = self._body()
         return (body + _digest(body)).ljust(HEADER_BYTES, b"\0")
 
     @property
     def checksum(self) -> str:
         """32 hexadecimal digits that name the shard's whole content."""
-        return self.encode()[_LAYOUT.size : _LAYOUT.size + 16].hex()
+        return _digest(self._body()).hex()
 
     @property
     def ends_offset(self) -> int:
@@ -120,12 +124,15 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def read_header(path: Path) -> ShardHeader:
+def read_header(path: Path | str) -> ShardHeader:
     """Read a shard's header and check what is cheap: magic, version, checksum, width, size of the file."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            raw = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
+    try:  # plain calls of the system: a run opens ten thousand shards at its start
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            raw = os.read(descriptor, HEADER_BYTES)
+            size = os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise DataError(
             f"shard {path} is missing; run `moepp-data build` again, or copy the whole folder"
@@ -176,7 +183,8 @@ class Shard:
         """Part cuts, uint64 [parts], read-only."""
         self._padding: np.ndarray = np.empty(0, dtype=np.uint8)
         if header.tokens:
-            raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+            with open(path, "rb") as file:
+                raw = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
             self.tokens = raw[HEADER_BYTES : HEADER_BYTES + header.tokens * header.width].view(
                 self.tokens.dtype
             )

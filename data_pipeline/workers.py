@@ -3,15 +3,19 @@
 Each worker is a fresh interpreter at the other end of a pipe. It takes a job, sends any number of progress
 messages and then the result, and takes the next. When the parent dies, however it dies, the next message
 finds the pipe broken and the worker ends; when a worker dies, the parent sees its end of the pipe close. When
-one job fails the others are stopped where they are, so whatever jobs write must be written atomically.
+one job fails the others are stopped where they are, by an exception that lets them tidy up; as this may not
+be granted them either (kill -9), whatever jobs write must be written atomically.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
+from types import FrameType
 from typing import Any, TypeVar
 
 from data_pipeline.document import DataError
@@ -30,16 +34,21 @@ def run_jobs(
 ) -> Iterator[tuple[Job, Result]]:
     """Run `work(job, report)` for every job and yield (job, result) as they end, in any order.
 
-    `report(message)` inside a job calls `on_progress(job, message)` here. With one worker (or one job)
-    everything runs in this process. `work`, jobs, messages and results must be picklable otherwise. Raises
+    `report(message)` inside a job calls `on_progress(job, message)` here; `report(None)` calls nothing, and like any
+    other raises where the parent is dead. With one worker (or one job) everything runs in this process. `work`, jobs, messages and results must be picklable otherwise. Raises
     the DataError or OSError of a job that failed; any other exception of a worker comes as a RuntimeError
     with its traceback.
     """
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
-            yield job, work(job, lambda message, job=job: on_progress(job, message))  # type: ignore[misc]
+            yield job, work(job, partial(_pass_on, on_progress, job))
     else:
         yield from _in_processes(work, jobs, workers=min(workers, len(jobs)), on_progress=on_progress)
+
+
+def _pass_on(on_progress: Callable[[Job, Any], None], job: Job, message: Any) -> None:
+    if message is not None:
+        on_progress(job, message)
 
 
 def _in_processes(
@@ -67,7 +76,7 @@ def _in_processes(
                 assert isinstance(pipe, Connection)
                 kind, message = _receive(pipe, busy[pipe])
                 if kind == "progress":
-                    on_progress(busy[pipe], message)
+                    _pass_on(on_progress, busy[pipe], message)
                     continue
                 yield busy.pop(pipe), message
                 if waiting:
@@ -99,8 +108,13 @@ def _receive(pipe: Connection, job: Any) -> tuple[str, Any]:
     return kind, message
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit
+
+
 def _serve(pipe: Connection, work: Callable[[Any, Report], Any]) -> None:
     """A worker: jobs until the pipe is closed at the other end."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         while True:
             job = pipe.recv()
@@ -117,3 +131,5 @@ def _serve(pipe: Connection, work: Callable[[Any, Report], Any]) -> None:
             pipe.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         pass  # the parent is gone or wants no more
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing left to tidy up

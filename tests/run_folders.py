@@ -18,7 +18,7 @@ A rounding that flips one near-tie of the router moves one of 2,048 assignments,
 
 UNTIMED = (
     *("loss", "lm_loss", "balance_loss", "z_loss", "grad_norm", "lr", "tokens", "layers"),
-    *("sampled_share", "validation"),
+    *("sampled_share", "epochs", "validation"),
 )
 """What two runs of the same arithmetic share in metrics.jsonl; the rest is time."""
 

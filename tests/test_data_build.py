@@ -10,18 +10,17 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from killed_builds import contents
 from raw_corpora import EOS, ids_of, lines_of, text_of, write_corpora, write_raw, write_tokenizer
 
 from data_pipeline.build import BuildReport, Watcher, build_set
 from data_pipeline.document import DataError
-from data_pipeline.file_build import FileJob
+from data_pipeline.file_job import FileJob
 from data_pipeline.held_out import HeldOutRule
 from data_pipeline.manifest import FileRecord, SplitRecord, read_manifest, shard_path
 from data_pipeline.shards import Shard
@@ -40,12 +39,6 @@ def tokenizer(tmp_path: Path) -> Path:
 def build(root: Path, tokenizer: Path, raw: dict[str, Path], **changes: object) -> BuildReport:
     settings = {"tokenizer_file": tokenizer, "corpora": raw, "held_out": 0.1, "part_tokens": 32, **changes}
     return build_set(root, **settings)  # type: ignore[arg-type]
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Every file of a set by name, but the lock."""
-    files = [path for path in root.rglob("*") if path.is_file() and path.name != ".lock"]
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def pile_only(tmp_path: Path, data: bytes, name: str = "00.jsonl") -> dict[str, Path]:
@@ -147,22 +140,6 @@ def test_corpora_can_be_added_and_files_removed(
     ]
 
 
-def test_a_build_killed_at_any_moment_ends_with_the_same_bytes(tmp_path: Path, tokenizer: Path) -> None:
-    raw = write_corpora(tmp_path / "raw", documents=3000)
-    build(tmp_path / "undisturbed", tokenizer, raw, held_out=0.005, part_tokens=262_144)
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "data_pipeline", "build", str(out), "--tokenizer", str(tokenizer)]
-    command += [word for name, path in raw.items() for word in (f"--{name}", str(path))]
-    for after_files in range(4):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(out.rglob("records/**/*.json"))) <= after_files:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert contents(out) == contents(tmp_path / "undisturbed")
-
-
 def test_bad_lines_are_set_aside_with_place_reason_and_bytes(tmp_path: Path, tokenizer: Path) -> None:
     good = lines_of(["w1 w2"])
     bad = [b"not json", b'{"text": null}', b'{"text": "\xff"}', b"\x00"]
@@ -247,8 +224,8 @@ def test_a_truncated_file_stops_the_build_and_keeps_the_others(
 
 def test_two_builds_into_one_folder(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    with open(out / ".lock", "a") as lock:
+    (out / ".locks").mkdir(parents=True)
+    with open(out / ".locks/set", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(
             DataError, match=re.escape(f"another build is writing to {out}; wait for it to end")
@@ -259,13 +236,13 @@ def test_two_builds_into_one_folder(tmp_path: Path, raw: dict[str, Path], tokeni
 
 def test_the_lock_of_a_killed_build_is_free(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
     out = tmp_path / "out"
-    out.mkdir()
+    (out / ".locks").mkdir(parents=True)
     hold = (
         "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held',"
         " flush=True); input()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", hold, str(out / ".lock")],
+        [sys.executable, "-c", hold, str(out / ".locks/set")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -296,6 +273,66 @@ def test_other_settings_are_refused(tmp_path: Path, raw: dict[str, Path], tokeni
         build(out, tmp_path / "renamed.json", raw)
 
 
+def test_large_plain_files_are_built_in_pieces(tmp_path: Path, tokenizer: Path) -> None:
+    texts = [text_of(number) for number in range(50)]
+    raw = pile_only(tmp_path, lines_of(texts))
+    size = (raw["pile"] / "train/00.jsonl").stat().st_size
+    report = build(tmp_path / "out", tokenizer, raw, held_out=0.0, split_bytes=size // 3)
+    assert [file.name for file in report.manifest.files] == [f"train/00.jsonl@000{piece}" for piece in range(3)]
+    assert sum(file.input_bytes for file in report.manifest.files) == size
+    shards = [Shard(shard_path(tmp_path / "out", file.key, "train")) for file in report.manifest.files]
+    tokens = [token for shard in shards for token in shard.tokens.tolist()]
+    assert tokens == [token for text in texts for token in [*ids_of(text), EOS]]
+    with pytest.raises(DataError, match=f"other settings: split length {size // 3} then and 1073741824 now"):
+        build(tmp_path / "out", tokenizer, raw, held_out=0.0)
+
+
+def test_sets_of_the_pile_are_left_out_and_counted(tmp_path: Path, tokenizer: Path) -> None:
+    sets = ["Books3", "Github", "Books3", "ArXiv"]
+    lines = [{"text": f"w{place}", "meta": {"pile_set_name": name}} for place, name in enumerate(sets)]
+    raw = pile_only(tmp_path, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    report = build(tmp_path / "out", tokenizer, raw, held_out=0.0, pile_exclude=["Github", "Books3", "Github"])
+    (file,) = report.manifest.files
+    assert (file.train.documents, file.excluded, file.bad_lines) == (1, 3, 0)
+    assert report.manifest.settings.pile_exclude == ("Books3", "Github")
+    assert Shard(shard_path(tmp_path / "out", file.key, "train")).tokens.tolist() == [4, EOS]
+    with pytest.raises(DataError, match="excluded Pile sets Books3, Github then and none now"):
+        build(tmp_path / "out", tokenizer, raw, held_out=0.0)
+    with pytest.raises(DataError, match="the Pile has no set 'Book3'"):
+        build(tmp_path / "other", tokenizer, raw, pile_exclude=["Book3"])
+
+
+def test_sources_without_held_out_text_are_named(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    held = [text for text in map(text_of, range(200)) if is_held_out(text, 0.1)]
+    write_raw(raw["redpajama"] / "arxiv/a.jsonl", lines_of(["w1"]))  # the hash keeps it in training
+    write_raw(raw["redpajama"] / "book/more.jsonl", lines_of(held))
+    assert not is_held_out("w1", 0.1)
+    assert build(tmp_path / "out", tokenizer, {"redpajama": raw["redpajama"]}).without_held_out == ["redpajama/arxiv"]
+
+
+class Listener(Watcher):
+    """Keeps what is said, and the order of the files."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.files: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def end_file(self, job: FileJob, record: FileRecord) -> None:
+        self.files.append(job.key)
+
+
+def test_the_largest_files_come_first(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    listener = Listener()
+    build(tmp_path / "out", tokenizer, raw, watcher=listener)
+    files = {path: f"{name}/{path.relative_to(root)}" for name, root in raw.items() for path in root.rglob("*.*")}
+    sizes = {key: path.stat().st_size for path, key in files.items()}
+    assert [sizes[key] for key in listener.files] == sorted(sizes.values(), reverse=True)
+    assert re.fullmatch(r"about 0.0 MB will be written for 0.0 MB of raw files; [\d,.]+ .B are free", listener.said[0])
+
+
 class FullDisk(Watcher):
     """Runs out of space when the second file is complete."""
 
@@ -310,19 +347,20 @@ class FullDisk(Watcher):
 
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
     out = tmp_path / "out"
-    message = f"no space is left for {out}; finished files are kept: make room and run the same command again"
-    with pytest.raises(DataError, match=re.escape(message)):
+    left = r"the 0.0 MB of raw files still to build take about 0.0 MB, and [\d,.]+ .B are free"
+    kept = "finished files are kept: make room for about 0.0 MB more, and run the same command again"
+    with pytest.raises(DataError, match=f"no space is left for {out}: {left}; {kept}"):
         build(out, tokenizer, raw, watcher=FullDisk())
     assert not (out / "manifest.json").exists()
     assert build(out, tokenizer, raw).kept == 2
 
 
 def test_arguments_that_make_no_sense(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
-    with pytest.raises(DataError, match="nothing to build: name at least one corpus folder"):
+    with pytest.raises(DataError, match="nothing to build: name at least one corpus "):
         build(tmp_path / "out", tokenizer, {})
     with pytest.raises(DataError, match=re.escape("held-out share 1 is not in [0, 1)")):
         build(tmp_path / "out", tokenizer, raw, held_out=1)
-    with pytest.raises(DataError, match="workers 0 and part_tokens 32 must be at least 1"):
+    with pytest.raises(DataError, match="workers 0, part_tokens and split_bytes .* must be at least 1"):
         build(tmp_path / "out", tokenizer, raw, workers=0)
     with pytest.raises(DataError, match="max_bad_share 1.5"):
         build(tmp_path / "out", tokenizer, raw, max_bad_share=1.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,16 @@ def test_build_again_keeps_everything(folder: Path) -> None:
         "build", folder / "set", "--tokenizer", folder / "tokenizer.json", *corpora(folder), "--held-out", 0.1
     )
     assert "0 files built, 6 kept" in out
+
+
+def test_tasks_finish_and_dedup(folder: Path, tmp_path: Path) -> None:
+    options = ("--tokenizer", folder / "tokenizer.json", *corpora(folder))
+    assert "neither i/n, such as 1/8" in fails("build", tmp_path / "set", *options, "--task", "1")
+    out = passes("build", tmp_path / "set", *options, "--task", "1/1", "--dedup")
+    assert "when all tasks have ended: moepp-data finish, with the same corpora" in out
+    out = passes("finish", tmp_path / "set", *corpora(folder))
+    assert "looking for equal texts among 223 documents" in out
+    assert "0 files built, 6 kept: " in out
 
 
 def test_verify(folder: Path) -> None:
@@ -117,6 +128,34 @@ def test_show(folder: Path) -> None:
     assert "unknown mixture 'strategy_3'" in fails("show", folder / "set", "--mixture", "strategy_3")
 
 
+RECIPE = """
+data:
+  path: elsewhere
+  seq_len: 16
+  stages: [{mixture: {dolma: 1}, tokens: 160}, {mixture: {dolma: 1, pile: 1}}]
+  max_epochs: {dolma: 3}
+train: {token_budget: 1e4}
+"""
+
+
+def test_recipes_say_what_is_drawn(folder: Path, tmp_path: Path) -> None:
+    """Stages, limits and budget of a recipe, over the set named or its own data.path."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    out = passes("describe", folder / "set", "--recipe", recipe)
+    assert "stage 1  rows 0 to 9, 160 tokens" in out and "at most 3 epochs" in out and "run of 10.0K tokens" in out
+    recipe.write_text(RECIPE.replace("elsewhere", str(folder / "set")))
+    facts = json.loads(passes("describe", "--recipe", recipe, "--json"))
+    assert facts["mixture"]["ended_by"] == "dolma" and 2.9 < facts["mixture"]["sources"]["dolma"]["epochs"] <= 3
+    assert {"documents", "tokens_per_byte", "duplicates", "excluded"} < facts["sources"][0].keys()
+    assert "row 10 · " in passes("show", "--recipe", recipe, "--row", 10)
+    out = passes("count", folder / "set", "--recipe", recipe, "--rows", 1000)
+    assert "at every prefix of 10 rows from row 0 (bound 1.1)" in out and "rows from row 10 (bound 1.1)" in out
+    assert "give one of them" in fails("show", folder / "set", "--recipe", recipe, "--mixture", MIXTURE)
+    assert "say what the rows are drawn by" in fails("show", folder / "set")
+    assert "name a shard set (OUT)" in fails("describe")
+
+
 def test_input_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
     tokenizer = ("--tokenizer", folder / "tokenizer.json")
     assert "nothing to build" in fails("build", tmp_path / "set", *tokenizer)
@@ -132,5 +171,5 @@ def test_input_errors_are_one_message(folder: Path, tmp_path: Path) -> None:
 
 def test_help_names_every_command() -> None:
     out = passes("--help")
-    for command in ("sample", "build", "verify", "describe", "count", "show"):
+    for command in ("sample", "build", "finish", "verify", "describe", "count", "show", "diff"):
         assert command in out

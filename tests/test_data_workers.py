@@ -85,6 +85,26 @@ def test_a_worker_that_is_killed_is_noticed() -> None:
         collect(die, [1, 2, 3, 4], 2)
 
 
+def write_or_fail(job: Path, report: Report) -> None:
+    """Hold a file while waiting to be stopped; the job that has no folder fails once the file is there."""
+    if job.suffix:
+        job.touch()
+        try:
+            report("writing")
+            time.sleep(60)
+        finally:
+            job.unlink()
+    while not (job / "file.txt").exists():
+        time.sleep(0.01)
+    raise DataError("failed")
+
+
+def test_workers_that_are_stopped_tidy_up(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="failed"):
+        list(run_jobs(write_or_fail, [tmp_path / "file.txt", tmp_path], workers=2, on_progress=lambda job, it: None))
+    assert list(tmp_path.iterdir()) == []
+
+
 PARENT = """
 import sys, time, os
 from data_pipeline.workers import run_jobs

@@ -18,9 +18,10 @@ from hf_models import LAYOUTS, SETTINGS, logits, start, stored
 from loaded_models import GOLDEN_SHARDS, golden_recipe, initial_model, moepp, start_run
 from torch import Tensor
 
-from moepp_ds.config import RecipeError
+from moepp_ds.config import RecipeError, load_recipe
 from moepp_ds.generate import generate
 from moepp_ds.hf_export import export_checkpoint, parse_size
+from moepp_ds.hf_export.card import _training, _without_places
 from moepp_ds.hf_folder import FolderError, HFFolder
 from moepp_ds.hf_names import bias_names, parts
 from moepp_ds.load import LoadedModel
@@ -227,3 +228,19 @@ def test_sizes(text: str, size: int) -> None:
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(RecipeError, match="write it as 5GB or 500MB"):
         parse_size(text)
+
+
+def test_the_card_tells_the_stages_that_were_reached_and_no_place_of_raw_files() -> None:
+    recipe = load_recipe(
+        "tests/golden/golden.yaml",
+        [
+            "data.mixture=null",
+            "data.stages=[{mixture: {dolma: 1}, tokens: 640}, {mixture: {pile: 1}}]",
+            "data.mode=stream",
+            "data.raw={dolma: /of/a/machine/dolma, tokenizer: /of/a/machine/t.model}",
+        ],
+    )
+    assert "/of/a/machine" not in _without_places(recipe).dump()
+    order = {"stages": [[0, {"dolma": 10_000}], [10, {"pile": 2_500, "dolma": 7_500}], [99, {"pile": 10_000}]]}
+    lines = _training(recipe, {"step": 4, "data": {"order": order, "rows": 64}})
+    assert "tokens were drawn from dolma 100 %; from row 10 on pile 25 %, dolma 75 %" in lines

@@ -62,3 +62,10 @@ def test_a_folder_without_evaluation_is_named(tmp_path: Path, run: Path) -> None
     (run / "metrics.jsonl").write_text(lines[0])
     with pytest.raises(RecipeError, match="holds no evaluation yet; let the run go on"):
         report_run(run)
+
+
+def test_a_run_on_raw_files_has_no_shards_to_compare_with(run: Path) -> None:
+    streamed = ["data.mode=stream", "data.raw={dolma: raw/dolma, tokenizer: tokenizer.model}"]
+    (run / "recipe.yaml").write_text(load_recipe("tests/golden/golden.yaml", streamed).dump())
+    with pytest.raises(RecipeError, match="read raw files as it trained .*, and n-grams are counted in prepared"):
+        report_run(run)

@@ -108,7 +108,7 @@ def test_stop_signal_saves_on_all_ranks(tmp_path: Path) -> None:
 
 
 def test_plain_python_and_torchrun_are_one_program(tmp_path: Path) -> None:
-    """World 1 without a launcher and under torchrun: the same digits, and a complete run folder."""
+    """World 1 without a launcher and under torchrun: the same digits, also from int32; a complete run folder."""
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     starters = {
         "plain": ["-m", "moepp_ds.train"],
@@ -116,6 +116,7 @@ def test_plain_python_and_torchrun_are_one_program(tmp_path: Path) -> None:
     }
     for name, starter in starters.items():
         command = [sys.executable, *starter, GOLDEN_RECIPE, "--run-dir", str(tmp_path / name)]
+        command += sets("data.token_dtype=int32") if name == "torchrun" else []
         done = subprocess.run(
             command + sets("train.max_steps=4"), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
         )
@@ -127,6 +128,26 @@ def test_plain_python_and_torchrun_are_one_program(tmp_path: Path) -> None:
     given = json.loads((tmp_path / "plain/ds_config.json").read_text())
     assert given["zero_optimization"]["stage"] == 2 and given["gradient_clipping"] == 1.0
     _refused_resume_leaves_no_trace(tmp_path / "plain", environment)
+
+
+def test_a_source_s_epochs_end_the_run(tmp_path: Path) -> None:
+    """`max_epochs` with `stop`: said at the start, the last whole update is saved, the run is complete and stays so."""
+    command = [sys.executable, "-m", "moepp_ds.train", GOLDEN_RECIPE, "--run-dir", str(tmp_path / "run")]
+    command += sets("data.max_epochs={pile: 0.03}", "data.stages=[{mixture: {pile: 1, dolma: 3}}]", "data.mixture=null")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    for resume in ("none", "auto"):
+        done = subprocess.run(
+            [*command, "--resume", resume], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        # floor(0.03 x 29,567 / 64) = 13 rows of pile, one in four: they suffice for 3 updates of 16 rows.
+        assert "the run ends after update 3 of 20, at learning rate" in done.stdout
+        assert "mixture weights sum to 4; they were scaled to sum to 1" in done.stdout
+        assert "epochs at the end: dolma 0.03, pile 0.03" in done.stdout
+        assert status(tmp_path / "run") == {"state": "completed", "step": 3, "message": ""}
+        assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000003\n"
+    record = untimed(tmp_path / "run")[-1]
+    assert record["epochs"] == {"dolma": 36 * 64 / 76_993, "pile": 12 * 64 / 29_567} and "validation" in record
 
 
 def _refused_resume_leaves_no_trace(run: Path, environment: dict[str, str]) -> None:

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+import torch
 from conftest import LaunchDeepspeed
+
+from moepp_ds.update import _on_device
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_tokens_reach_the_device_as_int64(device: str, dtype: type[np.integer]) -> None:
+    tokens_BS1 = np.arange(6, dtype=dtype).reshape(2, 3)
+    on_device = _on_device(tokens_BS1, torch.device(device))
+    assert (on_device.dtype, on_device.device.type) == (torch.int64, device)
+    assert on_device.tolist() == tokens_BS1.tolist()
 
 
 @pytest.mark.dist

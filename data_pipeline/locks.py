@@ -1,0 +1,60 @@
+"""Locks on files, so that programs that would disturb one another refuse or wait.
+
+All are `flock`: the kernel owns them, so a lock ends with its process, a killed one too, and nothing has to
+be cleaned up by hand. They work between machines on NFS, and on Lustre and the like where mounted with locks.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_pipeline.document import DataError
+
+
+@contextmanager
+def held(path: Path, *, shared: bool = False, refusal: str | None = None) -> Iterator[None]:
+    """Hold the lock `path`, together with others who share it, or alone.
+
+    While it cannot be had: wait, or with `refusal` raise DataError with that text at once.
+    """
+    with open(path, "a+b") as file:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(file, kind | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            raise DataError(str(refusal)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise DataError(
+                f"the file system of {path} has no file locks ({error.strerror}), without which two builds could"
+                " write over one another; mount it with locks (flock), or build on another disk"
+            ) from error
+        yield
+
+
+@contextmanager
+def at_work(lock: str, report: Callable[[None], None]) -> Iterator[None]:
+    """Hold the lock of a build's workers, shared, while one of its jobs runs.
+
+    `report(None)` asks, with the lock held, whether the build still lives, and raises where it does not: a worker
+    that was given its job just before its build was killed must not begin to write, since the next build may have
+    found this lock free.
+    """
+    with held(Path(lock), shared=True):
+        report(None)
+        yield
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds the lock `path` at this moment."""
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

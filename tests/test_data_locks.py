@@ -1,0 +1,38 @@
+"""Locks: shared, alone, refused; and given back by a killed holder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.document import DataError
+from data_pipeline.locks import held, is_free
+
+
+def test_locks(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with held(lock, shared=True), held(lock, shared=True):
+        assert not is_free(lock)
+        with pytest.raises(DataError, match="taken"):
+            with held(lock, refusal="taken"):
+                pass
+    assert is_free(lock)
+    with held(lock), pytest.raises(DataError, match="taken"), held(lock, shared=True, refusal="taken"):
+        pass
+
+
+def test_a_killed_holder_gives_its_lock_back(tmp_path: Path) -> None:
+    hold = "import pathlib, sys; from data_pipeline.locks import held\n"
+    hold += "with held(pathlib.Path(sys.argv[1])): print('held', flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "held\n"
+    assert not is_free(tmp_path / "lock")
+    process.kill()
+    process.communicate()
+    with held(tmp_path / "lock", refusal="taken"):
+        pass
