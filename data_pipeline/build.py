@@ -20,10 +20,9 @@ What happens to one file is in `file_build`.
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +115,9 @@ def build_set(
     settings other than the folder's.
     """
     watcher = watcher or Watcher()
-    _check_arguments(corpora, workers, max_bad_share, (part_tokens, split_bytes))
+    _check_arguments(corpora, max_bad_share, workers=workers, part_tokens=part_tokens, split_bytes=split_bytes)
+    if re.match(r"[a-z][a-z0-9+.-]*:/", str(root)):  # `Path` has made one slash of two
+        raise DataError(f"{root} is a URL, and shards are read through memory maps; build into a local folder")
     HeldOutRule(held_out)
     raw = raw_files(corpora, split_bytes=split_bytes)
     _refuse_nested(root, corpora)
@@ -134,7 +135,7 @@ def build_set(
             settings = settle(root, settings, tokenizer_file)
             jobs = _jobs(root, raw, settings, max_bad_share, lock)
             build = _Build(root, settings, jobs, corpora, workers, watcher)
-            with build.space_watched():
+            with build.space.watched():
                 build.build_files()
                 return build.complete()
     plan = fingerprint((f"{corpus}/{file.name}", file.size) for corpus, file in raw)
@@ -143,7 +144,7 @@ def build_set(
             settings = settle(root, settings, tokenizer_file)
         jobs = shares(_jobs(root, raw, settings, max_bad_share, lock), task.of)[task.number - 1]
         build = _Build(root, settings, jobs, corpora, workers, watcher)
-        with build.space_watched():
+        with build.space.watched():
             build.build_files()
         return build.report()
 
@@ -161,14 +162,14 @@ def finish_set(
     Raises DataError naming the files that are not built, and the tasks whose they are.
     """
     watcher = watcher or Watcher()
-    _check_arguments(corpora, workers, max_bad_share, ())
+    _check_arguments(corpora, max_bad_share, workers=workers)
     settings = read_settings(root)
     raw = raw_files(corpora, split_bytes=settings.split_bytes)
     with whole_set(root) as lock:
         jobs = _jobs(root, raw, settings, max_bad_share, lock)
         build = _Build(root, settings, jobs, corpora, workers, watcher)
         build.refuse_unbuilt()
-        with build.space_watched():
+        with build.space.watched():
             return build.complete()
 
 
@@ -183,20 +184,20 @@ class _Build:
         self._others = self._other_corpora(corpora)
         self._records = {job.key: done.file for job in jobs if (done := read_done(job))}
         self._kept = len(self._records)
-        self._space = SpaceEstimate(root, settings, jobs)
+        self.space = SpaceEstimate(root, settings, jobs)
         for job in jobs:
             if job.key in self._records:
-                self._space.built(job, self._records[job.key])
+                self.space.built(job, self._records[job.key])
 
     def build_files(self) -> None:
         """Build what is not built yet."""
         todo = longest_first(job for job in self._jobs if job.key not in self._records)
         self._watcher.begin(todo, self._kept)
         if todo:
-            self._watcher.say(self._space.foreseen())
+            self._watcher.say(self.space.foreseen())
         for job, record in run_jobs(build_file, todo, workers=self._workers, on_progress=self._watcher.advance):
             self._records[job.key] = record
-            self._space.built(job, record)
+            self.space.built(job, record)
             self._watcher.end_file(job, record)
 
     def refuse_unbuilt(self) -> None:
@@ -218,6 +219,7 @@ class _Build:
             self._deduplicate()
         for corpus in sorted({job.corpus for job in self._jobs}):
             self._judge(corpus)
+        self._name_left_out()
         report = self.report(self._others)
         write_manifest(self._root, report.manifest)
         return report
@@ -240,6 +242,14 @@ class _Build:
             )
         return others
 
+    def _name_left_out(self) -> None:
+        """Say which corpora were built here, by tasks or a build that was interrupted, and will not be in the set."""
+        listed = {record.corpus for record in (*self._records.values(), *self._others)}
+        for corpus in sorted({path.name for path in (self._root / "records").iterdir()} - listed):
+            self._watcher.say(
+                f"warning: what was built of {corpus} is not in the set; to have it there, name --{corpus} too"
+            )
+
     def _deduplicate(self) -> None:
         documents = sum(file.documents for file in self._records.values())
         self._watcher.say(f"looking for equal texts among {documents:,} documents")
@@ -254,23 +264,12 @@ class _Build:
         files = [record for record in self._records.values() if record.corpus == corpus]
         bad = sum(file.bad_lines for file in files)
         lines = bad + sum(file.documents + file.excluded for file in files)
-        max_bad_share = self._jobs[0].max_bad_share
-        if too_many(bad, lines, max_bad_share):
+        if too_many(bad, lines, max_bad_share := self._jobs[0].max_bad_share):
             raise DataError(
                 f"{corpus}: {bad:,} of {lines:,} lines are no documents, more than {TOLERATED_BAD_LINES} and more than"
                 f" the allowed share of {max_bad_share:g}. They are in {self._root / 'quarantine' / corpus}; repair the"
                 " files, or allow more with --max-bad-share (what is built is kept)"
             )
-
-    @contextmanager
-    def space_watched(self) -> Iterator[None]:
-        """Where the disk is full, say about how much is missing."""
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise DataError(self._space.shortage()) from error
 
 
 def _refuse_nested(root: Path, corpora: Corpora) -> None:
@@ -291,11 +290,11 @@ def _jobs(
     return [FileJob(str(root), corpus, file, settings, max_bad_share, lock) for corpus, file in raw]
 
 
-def _check_arguments(corpora: Corpora, workers: int, max_bad_share: float, lengths: Sequence[int]) -> None:
+def _check_arguments(corpora: Corpora, max_bad_share: float, **counts: int) -> None:
     if not corpora:
         raise DataError("nothing to build: name at least one corpus (--redpajama, --dolma or --pile)")
-    if workers < 1 or min(lengths, default=1) < 1 or not 0 <= max_bad_share <= 1:
-        raise DataError(
-            f"workers {workers}, part_tokens and split_bytes {tuple(lengths)} must be at least 1, max_bad_share"
-            f" {max_bad_share} in [0, 1]"
-        )
+    for name, number in counts.items():
+        if number < 1:
+            raise DataError(f"{name} is {number}; it must be at least 1")
+    if not 0 <= max_bad_share <= 1:
+        raise DataError(f"max_bad_share is {max_bad_share}; it is a share of a file's lines, in [0, 1]")

@@ -109,19 +109,19 @@ def count_set(
 def _count_file(job: _CountJob, report: Report) -> Tally:
     root, settings = Path(job.root), job.settings
     tokenizer = load_tokenizer(root / settings.tokenizer.file, settings.tokenizer.eos_token)
-    left_out = set(read_dropped(root, f"{job.corpus}/{job.raw.name}").tolist()) if settings.dedup else set()
-    places = documents = tokens = bad_lines = excluded = 0
+    left_out = read_dropped(root, f"{job.corpus}/{job.raw.name}")  # ascending
+    documents = tokens = bad_lines = excluded = duplicates = 0
     for item in read_documents(job.raw, job.corpus, exclude=settings.pile_exclude):
         if isinstance(item, BadLine):
             bad_lines += 1
         elif isinstance(item, PassedOver):
             excluded += 1
+        elif duplicates < len(left_out) and left_out[duplicates] == documents + duplicates:
+            duplicates += 1
         else:
-            if places not in left_out:
-                documents += 1
-                tokens += len(tokenizer.encode_batch([item.text])[0]) + 1
-            places += 1
-    return Tally(documents, tokens, bad_lines, excluded, places - documents)
+            documents += 1
+            tokens += len(tokenizer.encode_batch([item.text])[0]) + 1
+    return Tally(documents, tokens, bad_lines, excluded, duplicates)
 
 
 def _count_shards(root: Path, record: FileRecord, info: TokenizerInfo) -> Tally:

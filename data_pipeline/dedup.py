@@ -165,7 +165,7 @@ def _without(file: FileJob, done: Done, *, dropped: np.ndarray, wanted: np.ndarr
         copies = [_Copy(file, split, writer) for split, writer in zip(SPLITS, writers)]
         for run in runs(file.hashes_path):
             documents = run[np.argsort(run["place"])]
-            is_in, stays = (np.isin(documents["place"], places, invert=True) for places in (dropped, wanted))
+            is_in, stays = (_is_none_of(documents["place"], places) for places in (dropped, wanted))
             for held_out, copy in enumerate(copies):
                 own = is_in & (documents["text"] & 1 == held_out)
                 copy.write(stays[own], documents["text"][own] >> 1)
@@ -177,6 +177,12 @@ def _without(file: FileJob, done: Done, *, dropped: np.ndarray, wanted: np.ndarr
     record = replace(done.file, train=train, held_out=held_out_record, duplicates=len(wanted))
     write_done(file, replace(done, file=record))
     return record
+
+
+def _is_none_of(run: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Whether each of a run's places is none of `places`, both ascending; bool [run]."""
+    near = places[slice(*np.searchsorted(places, run[[0, -1]] + np.array([0, 1], dtype=np.uint64)))]
+    return np.isin(run, near, invert=True)
 
 
 class _Copy:

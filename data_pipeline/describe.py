@@ -18,9 +18,9 @@ from rich.tree import Tree
 from data_pipeline.census import census
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import read_manifest
-from data_pipeline.mixture import SLOTS
 from data_pipeline.stream import claim_files, open_mixture, open_stream, source_tokens
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.weights import SLOTS
 
 _UNITS = ("", "K", "M", "B", "T")
 

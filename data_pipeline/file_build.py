@@ -1,10 +1,11 @@
 """One raw file -> its train shard, its held-out shard, its quarantine and its record.
 
     1. Read documents and bad lines; bad lines go to the quarantine.
-    2. Take documents until about a megabyte of text is together, and encode them in one call.
+    2. Take documents until about a megabyte of text is together, and encode them in one call; the beginning of a
+       file's first such text also without the word cache, to compare.
     3. The hash of each text says which of the two shards its ids go to.
-    4. At the file's end the old record is deleted, shards (and, with deduplication, the hashes of the texts)
-       get their names, and then, last, the new record is written.
+    4. At the file's end, if the file is still what was listed, the old record is deleted, shards (and, with
+       deduplication, the hashes of the texts) get their names, and then, last, the new record is written.
 
 How many lines may be bad is `quarantine`'s rule; `build` judges each corpus as a whole by the same.
 """

@@ -64,7 +64,7 @@ class Loader:
         dtype: Literal["int64", "int32"] = "int64",
     ) -> None:
         self._check_layout(rank, world, batch_rows, micro_batch_size)
-        self._stream, self._dtype = stream, np.dtype(dtype)
+        self._stream = stream
         self._rank, self._world = rank, world
         self._batch_rows, self._micro = batch_rows, micro_batch_size
         self._step, self._row = start_step, start_step * batch_rows
@@ -72,6 +72,7 @@ class Loader:
             self._step, self._row = check_position(state, stream)
         if self._row:
             stream.seek(self._row, (state or {}).get("position", {}))
+        self._memory = _Memory((batch_rows // world, stream.seq_len + 1), np.dtype(dtype))
         self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=AHEAD_STEPS)
         self._failure: BaseException | None = None
         self._closing = threading.Event()
@@ -158,7 +159,7 @@ class Loader:
         stride = self._micro * self._world
         starts = np.arange(first_row + self._rank * self._micro, first_row + self._batch_rows, stride)
         indices = (starts[:, None] + np.arange(self._micro)).ravel()
-        tokens = self._stream.rows(indices).astype(self._dtype, copy=False)
+        tokens = self._stream.rows(indices, out=self._memory.lend())
         sources = self._stream.sources(indices)
         return [
             Batch(
@@ -168,6 +169,30 @@ class Loader:
             )
             for place, start in enumerate(starts.tolist())
         ]
+
+
+class _Memory:
+    """Arrays for rows, lent out again when nobody holds them: to clear new pages costs as much as to fill them."""
+
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+        self._free: list[np.ndarray] = []
+
+    def lend(self) -> np.ndarray:
+        """An array, not cleared; it, its views and the tensors on them may be kept for any time."""
+        array = self._free.pop() if self._free else np.empty(self._shape, dtype=self._dtype)
+        return np.asarray(_Lease(array, self._free))
+
+
+class _Lease:
+    """What every view of a lent array has as its base; with the last of them it goes, and gives the array back."""
+
+    def __init__(self, array: np.ndarray, free: list[np.ndarray]) -> None:
+        self.__array_interface__ = array.__array_interface__
+        self._array, self._free = array, free
+
+    def __del__(self) -> None:
+        self._free.append(self._array)
 
 
 def check_position(state: Mapping[str, Any], stream: Rows) -> tuple[int, int]:

@@ -6,15 +6,19 @@ takes for 8 and 90, are none. A key given twice is refused.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, MixtureStage, RawInputs
 from data_pipeline.document import DataError
+from data_pipeline.weights import nearest
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -72,25 +76,43 @@ def read_data_section(path: Path, *, shards: Path | None = None) -> tuple[DataCo
         raise DataError(f"{path} is no recipe: it has no section `data`")
     if shards is not None:
         data = {**data, "path": str(shards), "mode": "prepared", "raw": None}
-    try:
-        config = DataConfig.model_validate(data)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(['data', *map(str, one['loc'])])}: {one['msg'].removeprefix('Value error, ')}"
-            for one in error.errors(include_url=False)
-        ]
-        raise DataError("\n  ".join([f"{path}:", *problems])) from None
+    config = checked_data(data, place=str(path))
     if config.mode == "stream":
         raise DataError(f"{path} streams raw files; name a shard set (OUT) to look at its mixture over prepared shards")
-    return config, _planned_tokens(raw.get("train"))
+    try:
+        return config, _planned_tokens(raw.get("train"))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def checked_data(data: Mapping[str, Any], *, place: str) -> DataConfig:
+    """`data` as a data section; DataError that lists every problem of it. place: whose it is, for the message."""
+    try:
+        return DataConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(['data', *map(str, one['loc'])])}: {_said(one)}" for one in error.errors(include_url=False)
+        ]
+        raise DataError("\n  ".join([f"{place}:", *problems])) from None
+
+
+def _said(problem: ErrorDetails) -> str:
+    """What is wrong with a key; of one that is unknown, also which was probably meant."""
+    if problem["type"] != "extra_forbidden":
+        return problem["msg"].removeprefix("Value error, ")
+    known = {key for section in (DataConfig, MixtureStage, RawInputs) for key in section.model_fields}
+    return f"there is no such key{nearest(str(problem['loc'][-1]), known)}"
 
 
 def _planned_tokens(train: Any) -> int | None:
     """The token budget, or the tokens of the updates, whichever ends the run first; None when it says neither."""
     if not isinstance(train, dict):
         return None
-    budget, steps, batch = (train.get(key) for key in ("token_budget", "max_steps", "batch_tokens"))
-    ends = [budget] if isinstance(budget, (int, float)) else []
-    if isinstance(steps, int) and isinstance(batch, (int, float)):
-        ends.append(steps * batch)
-    return int(min(ends)) if ends else None
+    numbers = {key: train[key] for key in ("token_budget", "max_steps", "batch_tokens") if train.get(key) is not None}
+    for key, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 < number < math.inf:
+            raise DataError(f"train.{key} is {number!r}; give a positive number")
+    ends = [int(numbers["token_budget"])] if "token_budget" in numbers else []
+    if {"max_steps", "batch_tokens"} <= numbers.keys():
+        ends.append(int(numbers["max_steps"] * numbers["batch_tokens"]))
+    return min(ends, default=None)

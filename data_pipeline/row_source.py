@@ -19,6 +19,8 @@ from data_pipeline.stages import StagedMixture
 class Rows(Protocol):
     """What a `Loader` needs."""
 
+    seq_len: int
+    """S: targets of a row, which holds one token more."""
     fingerprint: str
     """Equal exactly when `order` is."""
     order: dict[str, Any]
@@ -28,8 +30,8 @@ class Rows(Protocol):
     def rows_total(self) -> int | None:
         """Rows until a source's `max_epochs` ends the stream; None is without end."""
 
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of rows, int64 [n, S + 1], a new array."""
+    def rows(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of rows, int64 [n, S + 1]: a new array, or `out`, of that shape and any type that holds the ids."""
 
     def sources(self, indices: np.ndarray) -> np.ndarray:
         """Source of each row, int64 [n]."""
@@ -47,7 +49,6 @@ class Rows(Protocol):
 class RowSource(Rows, Protocol):
     """What a training program needs."""
 
-    seq_len: int
     tokenizer: TokenizerInfo
     source_names: list[str]
     """Mixture keys; `sources` gives indices into them."""

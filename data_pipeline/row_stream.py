@@ -49,7 +49,7 @@ class ShardPool:
         self.paths = paths
         self.tokens = lru_cache(maxsize=OPEN_SHARDS)(self._map_tokens)
         """tokens(file): the ids of a file's shard, a read-only view of the disk."""
-        self.cuts = lru_cache(maxsize=8 * OPEN_SHARDS)(self._read_cuts)
+        self.cuts = lru_cache(maxsize=OPEN_SHARDS)(self._read_cuts)
         """cuts(file): the part cuts of a file's shard, uint64; none for a file without tokens."""
 
     def close(self) -> None:
@@ -151,9 +151,9 @@ class RowStream:
                 getattr(found, name)[mine] = getattr(here, name)[place[mine]]
         return found
 
-    def rows(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Tokens of the rows at `indices`: int64 [n, seq_len + 1], a new array."""
-        return self.gather(self.locate(indices))
+    def rows(self, indices: np.ndarray | Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of the rows at `indices`: int64 [n, seq_len + 1], a new array; or they are written to `out`."""
+        return self.gather(self.locate(indices), out)
 
     def sources(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """Index into `source_names` of each row: int64 [n]."""
@@ -165,9 +165,11 @@ class RowStream:
         found = self._sources[int(located.source[0])].pieces(int(located.row[0]))
         return [(self._pool.paths[file], offset, length) for file, offset, length in found]
 
-    def gather(self, located: Located) -> np.ndarray:
-        """Tokens of rows found by `locate`: int64 [n, seq_len + 1], a new array."""
+    def gather(self, located: Located, out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of rows found by `locate`: int64 [n, seq_len + 1], a new array; or they are written to `out`."""
         length, tokens_of = self.seq_len + 1, self._tokens
+        if out is None:
+            out = np.empty((len(located.file), length), dtype=np.int64)
         parts: list[np.ndarray] = [np.empty(0, dtype=np.uint16)]  # so that no rows are none, and not an error
         for place, (file, offset) in enumerate(zip(located.file.tolist(), located.offset.tolist())):
             if offset == STRADDLES:
@@ -175,7 +177,8 @@ class RowStream:
                 parts += [tokens_of(file)[start : start + count] for file, start, count in pieces]
             else:
                 parts.append(tokens_of(file)[offset : offset + length])
-        return np.concatenate(parts, dtype=np.int64).reshape(-1, length)
+        np.concatenate(parts, out=out.reshape(-1))
+        return out
 
 
 def order_hash(value: Any) -> str:

@@ -75,8 +75,9 @@ class ShardWriter:
         lowest, highest = int(tokens.min()), int(tokens.max())
         if lowest < 0 or highest >= self._vocab_size:
             raise DataError(
-                f"token id {lowest if lowest < 0 else highest}, to be written to {self.path}, is outside the"
-                f" tokenizer's vocabulary of {self._vocab_size:,} ids; the tokenizer or the shard it comes from is damaged"
+                f"token id {lowest if lowest < 0 else highest} is outside the tokenizer's vocabulary of"
+                f" {self._vocab_size:,} ids, so {self.path} is not written; the tokenizer, or the shard that is copied,"
+                " is damaged: replace it"
             )
         stored = np.ascontiguousarray(tokens, dtype=self._dtype)
         stored_ends = ends.astype("<u8") + np.uint64(self._tokens)

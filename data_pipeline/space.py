@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from data_pipeline.document import DataError
 from data_pipeline.file_job import FileJob
 from data_pipeline.manifest import SPLITS, FileRecord, Settings
 from data_pipeline.shards import token_width
@@ -63,8 +66,19 @@ class SpaceEstimate:
             room = "make room, or see whether a quota or the number of files is what is used up"
         return (
             f"no space is left for {self._root}: the {size(left)} of raw files still to build take about"
-            f" {size(needed)}, and {size(free)} are free; finished files are kept: {room}, and run the same command again"
+            f" {size(needed)}, and {size(free)} are free; finished files are kept: {room}, and run the same command"
+            " again"
         )
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Where the disk is full, say about how much is missing."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(self.shortage()) from error
 
     def _missing(self) -> tuple[float, int, int]:
         """(bytes that the rest will take, bytes that are free, raw bytes that are left)."""

@@ -24,6 +24,9 @@ from data_pipeline.row_stream import RowStream, ShardPool, order_hash
 from data_pipeline.shards import Shard
 from data_pipeline.stages import StagedMixture, plan_stages
 
+ENDLESS_ROWS = 2**48
+"""A limit of a source that no run comes to, and that a row index of 64 bits still has room for."""
+
 
 def open_stream(config: DataConfig) -> RowStream:
     """Open the shard set at `config.path` for training.
@@ -112,7 +115,7 @@ def _row_limits(config: DataConfig, tokens: Mapping[str, int]) -> dict[str, int]
     for name, available in tokens.items():
         epochs = config.epoch_limit(name)
         if epochs is not None:
-            limits[name] = int(epochs * available // config.seq_len)
+            limits[name] = min(int(epochs * available // config.seq_len), ENDLESS_ROWS)
             if not limits[name]:
                 raise DataError(
                     f"max_epochs of {name!r} is {float(epochs):g}, which is less than one row of {config.seq_len} of"

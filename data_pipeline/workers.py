@@ -35,9 +35,9 @@ def run_jobs(
     """Run `work(job, report)` for every job and yield (job, result) as they end, in any order.
 
     `report(message)` inside a job calls `on_progress(job, message)` here; `report(None)` calls nothing, and like any
-    other raises where the parent is dead. With one worker (or one job) everything runs in this process. `work`, jobs, messages and results must be picklable otherwise. Raises
-    the DataError or OSError of a job that failed; any other exception of a worker comes as a RuntimeError
-    with its traceback.
+    other raises where the parent is dead. With one worker (or one job) everything runs in this process. `work`,
+    jobs, messages and results must be picklable otherwise. Raises the DataError or OSError of a job that failed;
+    any other exception of a worker comes as a RuntimeError with its traceback.
     """
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
@@ -70,7 +70,7 @@ def _in_processes(
             theirs.close()
             processes.append(process)
             busy[ours] = waiting.pop()
-            ours.send(busy[ours])
+            _give(ours, busy[ours])
         while busy:
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
@@ -81,7 +81,7 @@ def _in_processes(
                 yield busy.pop(pipe), message
                 if waiting:
                     busy[pipe] = waiting.pop()
-                    pipe.send(busy[pipe])
+                    _give(pipe, busy[pipe])
                 else:
                     pipe.close()
     finally:
@@ -89,6 +89,13 @@ def _in_processes(
             process.terminate()
         for process in processes:
             process.join()
+
+
+def _give(pipe: Connection, job: Any) -> None:
+    try:
+        pipe.send(job)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the worker is dead, which is said when its answer is waited for
 
 
 def _receive(pipe: Connection, job: Any) -> tuple[str, Any]:

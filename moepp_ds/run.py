@@ -154,6 +154,16 @@ def _data_lines(run: Run) -> list[str]:
             f"{recipe.learning_rate(run.total_steps - 1):g}: then {stream.mixture.ended_by} has given all of its "
             "epochs (data.max_epochs)"
         )
+    return lines + _unreached_stages(recipe, run.total_steps * recipe.batch_rows)
+
+
+def _unreached_stages(recipe: Recipe, rows: int) -> list[str]:
+    """A line for each stage of the recipe that begins after the run's last row."""
+    lines, start = [], 0
+    for number, stage in enumerate(recipe.data.flat_stages, start=1):
+        if start >= rows:
+            lines.append(f"stage {number} begins at row {start:,} and the run ends after {rows:,}: it is not used")
+        start += stage.rows or 0
     return lines
 
 

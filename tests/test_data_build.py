@@ -7,6 +7,7 @@ import errno
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,16 +15,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import sentencepiece
+import tokenizers
 from killed_builds import contents
 from raw_corpora import EOS, ids_of, lines_of, text_of, write_corpora, write_raw, write_tokenizer
 
 from data_pipeline.build import BuildReport, Watcher, build_set
 from data_pipeline.document import DataError
+from data_pipeline.file_build import Advance
 from data_pipeline.file_job import FileJob
 from data_pipeline.held_out import HeldOutRule
 from data_pipeline.manifest import FileRecord, SplitRecord, read_manifest, shard_path
 from data_pipeline.shards import Shard
+from data_pipeline.word_cache import WordCache
 
 
 @pytest.fixture
@@ -348,11 +354,70 @@ class FullDisk(Watcher):
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
     out = tmp_path / "out"
     left = r"the 0.0 MB of raw files still to build take about 0.0 MB, and [\d,.]+ .B are free"
-    kept = "finished files are kept: make room for about 0.0 MB more, and run the same command again"
+    kept = "finished files are kept: make room, or see whether a quota or the number of files is what is used up, and"
     with pytest.raises(DataError, match=f"no space is left for {out}: {left}; {kept}"):
         build(out, tokenizer, raw, watcher=FullDisk())
     assert not (out / "manifest.json").exists()
     assert build(out, tokenizer, raw).kept == 2
+
+
+class Appender(Watcher):
+    """Adds to a raw file while it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def advance(self, job: FileJob, done: Advance) -> None:
+        with open(self.path, "ab") as file:
+            file.write(lines_of(["w1"]))
+
+
+def test_a_file_that_is_still_being_written_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    raw = pile_only(tmp_path, lines_of(["w1"] * 2000))
+    path = raw["pile"] / "train/00.jsonl"
+    with pytest.raises(DataError, match="00.jsonl was written to while it was read; when its download is complete"):
+        build(tmp_path / "out", tokenizer, raw, watcher=Appender(path))
+    assert not [name for name in contents(tmp_path / "out") if "00.jsonl" in name]
+    assert build(tmp_path / "out", tokenizer, raw).manifest.files[0].documents > 2000
+
+
+def test_a_text_that_cannot_be_encoded_is_named_with_its_file(tmp_path: Path) -> None:
+    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel({letter: id for id, letter in enumerate("ab </s>")}))
+    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    letters.add_special_tokens(["</s>"])
+    letters.save(str(tmp_path / "letters.json"))
+    with pytest.raises(DataError, match=r"train/00\.jsonl: the tokenizer cannot encode a text"):
+        build(tmp_path / "out", tmp_path / "letters.json", pile_only(tmp_path, lines_of(["ab", "zebra"])))
+
+
+def test_the_first_texts_of_every_file_are_compared_with_plain_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a word cache made wrong on purpose: the first lines of the file are no documents, then comes a long one."""
+    writer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox"] * 3), model_writer=writer, model_type="bpe", vocab_size=300,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(writer.getvalue())
+    raw = pile_only(tmp_path, b"bad\n" * 10_000 + lines_of(["the quick brown fox " * 100]))
+    assert build(tmp_path / "sound", tmp_path / "tokenizer.model", raw, max_bad_share=1.0).built == 1
+    monkeypatch.setattr(WordCache, "encode", lambda self, texts: [np.full(9, 5, dtype=np.int32) for _ in texts])
+    with pytest.raises(DataError, match=r"train/00\.jsonl: the word cache encodes the text 'the quick brown fox "):
+        build(tmp_path / "out", tmp_path / "tokenizer.model", raw, max_bad_share=1.0)
+
+
+def test_lines_that_are_passed_over_are_reported_too(tmp_path: Path, tokenizer: Path) -> None:
+    line = json.dumps({"text": "w1", "meta": {"pile_set_name": "Books3"}}).encode() + b"\n"
+    said: list[Advance] = []
+
+    class Counter(Watcher):
+        def advance(self, job: FileJob, done: Advance) -> None:
+            said.append(done)
+
+    build(tmp_path / "out", tokenizer, pile_only(tmp_path, line * 20_500), pile_exclude=["Books3"], watcher=Counter())
+    assert said == [Advance(0, 0, 0)] * 3, "after 10,000, 20,000 and all lines"
 
 
 def test_arguments_that_make_no_sense(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
@@ -360,10 +425,12 @@ def test_arguments_that_make_no_sense(tmp_path: Path, raw: dict[str, Path], toke
         build(tmp_path / "out", tokenizer, {})
     with pytest.raises(DataError, match=re.escape("held-out share 1 is not in [0, 1)")):
         build(tmp_path / "out", tokenizer, raw, held_out=1)
-    with pytest.raises(DataError, match="workers 0, part_tokens and split_bytes .* must be at least 1"):
+    with pytest.raises(DataError, match="workers is 0; it must be at least 1"):
         build(tmp_path / "out", tokenizer, raw, workers=0)
-    with pytest.raises(DataError, match="max_bad_share 1.5"):
+    with pytest.raises(DataError, match="max_bad_share is 1.5; it is a share"):
         build(tmp_path / "out", tokenizer, raw, max_bad_share=1.5)
+    with pytest.raises(DataError, match="s3:/bucket/out is a URL, and shards are read through memory maps; build into"):
+        build(Path("s3://bucket/out"), tokenizer, raw)
     assert not (tmp_path / "out").exists()
 
 

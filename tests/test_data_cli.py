@@ -100,7 +100,11 @@ def test_describe(folder: Path) -> None:
     assert "unknown mixture 'strategi_1' (nearest: 'strategy_1')" in fails(
         "describe", folder / "set", "--mixture", "strategi_1"
     )
+    assert "name --mixture or --recipe too" in fails("describe", folder / "set", "--token-budget", 10_000)
     assert "is no JSON object" in fails("describe", folder / "set", "--mixture", "{dolma: 1}")
+    small = '{"dolma": 1, "pile": 1e-9}'
+    assert "'pile' is 1e-09 of the total, which rounds" in fails("describe", folder / "set", "--mixture", small)
+    assert "and there is no such home folder" in fails("describe", "~no body/set", "--mixture", MIXTURE)
 
 
 def test_count(folder: Path) -> None:

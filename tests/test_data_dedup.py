@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Mapping
+import resource
+import shutil
+from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -177,6 +181,26 @@ def test_a_corpus_of_the_set_has_to_be_named(tmp_path: Path, tokenizer: Path) ->
         build(tmp_path / "out", tokenizer, corpora)
 
 
+def test_a_task_whose_share_lacks_a_corpus(tmp_path: Path, tokenizer: Path) -> None:
+    corpora = write_files(tmp_path / "raw", FILES)
+    before = build(tmp_path / "out", tokenizer, corpora, dedup=True).manifest
+    for number in range(1, 5):
+        assert len(build(tmp_path / "out", tokenizer, corpora, dedup=True, task=Task(number, 4)).manifest.files) == 1
+    assert finish_set(tmp_path / "out", corpora=corpora).manifest == before
+
+
+def test_more_files_than_may_be_open(tmp_path: Path, tokenizer: Path) -> None:
+    files = {f"pile/{number:02}.jsonl": ["w1", f"w{number}"] for number in range(2, 42)}
+    corpora = write_files(tmp_path / "raw", files)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 25, hard))
+    try:
+        report = build(tmp_path / "out", tokenizer, corpora, dedup=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sum(file.duplicates for file in report.manifest.files) == 39
+
+
 def test_what_is_damaged_is_built_again(tmp_path: Path, tokenizer: Path) -> None:
     corpora = write_files(tmp_path / "raw", FILES)
     out = tmp_path / "out"
@@ -189,6 +213,60 @@ def test_what_is_damaged_is_built_again(tmp_path: Path, tokenizer: Path) -> None
     (out / "dedup/.merged/0").write_bytes(b"left by a kill")
     assert build(out, tokenizer, corpora, dedup=True).built == 2
     assert contents(out) == before
+
+
+def build_that_ends_at(change: int, *, after: bool, out: Path, tokenizer: Path, corpora: dict[str, Path]) -> bool:
+    """Build in a process that ends, as if killed, before or after one rename or deletion; whether it came to it."""
+    child = os.fork()
+    if child == 0:
+        changes = count(1)
+
+        def ending(call: Callable[..., None]) -> Callable[..., None]:
+            def called(*args: object, **options: object) -> None:
+                number = next(changes)
+                if number < change or after:
+                    call(*args, **options)
+                if number == change:
+                    os._exit(9)
+
+            return called
+
+        os.replace, Path.unlink = ending(os.replace), ending(Path.unlink)  # type: ignore[method-assign]
+        try:
+            build(out, tokenizer, corpora, dedup=True)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_between_any_two_changes_it_ends_with_the_same_bytes(
+    tmp_path: Path, tokenizer: Path, every: int
+) -> None:
+    """The set has to lose a file whose texts were duplicates elsewhere, and to gain another."""
+    raw = tmp_path / "raw"
+    corpora = write_files(raw, {**FILES, "dolma/wiki/z.jsonl": ["w8"]})
+    build(tmp_path / "before", tokenizer, corpora, dedup=True)
+    (raw / "dolma/wiki/a.jsonl").unlink()
+    write_raw(raw / "pile/train/02.jsonl", lines_of(["w5", "w8", "w6"]))
+
+    def bytes_of(out: Path) -> dict[str, bytes]:
+        return {name: data for name, data in contents(out).items() if "wiki/a.jsonl" not in name}
+
+    shutil.copytree(tmp_path / "before", tmp_path / "undisturbed")
+    build(tmp_path / "undisturbed", tokenizer, corpora, dedup=True)
+    killed = 0
+    for after in (False, True):
+        for change in count(1, every):
+            out = tmp_path / f"{change} {after}"
+            shutil.copytree(tmp_path / "before", out)
+            came = build_that_ends_at(change, after=after, out=out, tokenizer=tokenizer, corpora=corpora)
+            build(out, tokenizer, corpora, dedup=True)
+            assert bytes_of(out) == bytes_of(tmp_path / "undisturbed"), (change, after)
+            if not came:
+                break
+            killed += 1
+    assert killed >= 30 // every
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])

@@ -63,15 +63,17 @@ def test_what_cannot_be_read_or_would_be_read_twice_is_named(tmp_path):
         labels("dolma", root)
     (root / "latest").unlink()
     (root / "b.jsonl").symlink_to(root / "gone.jsonl")
-    with pytest.raises(DataError, match=r"b.jsonl is a broken link or no regular file"):
-        labels("dolma", root)
+    for location in (root, f"{root}/*"):
+        with pytest.raises(DataError, match=r"b.jsonl is a broken link or no regular file"):
+            labels("dolma", location)
     (root / "b.jsonl").unlink()
     os.mkfifo(root / "c.jsonl")
-    with pytest.raises(DataError, match=r"c.jsonl is a broken link or no regular file"):
-        labels("dolma", root)
+    for location in (root, f"{root}/*.jsonl"):
+        with pytest.raises(DataError, match=r"c.jsonl is a broken link or no regular file"):
+            labels("dolma", location)
 
 
-@pytest.mark.parametrize("name", ["a.arrow", "b.jsonl.xz", "c.jsonl.zst.part", "d.gz", "E.TAR"])
+@pytest.mark.parametrize("name", ["a.arrow", "b.jsonl.xz", "c.jsonl.zst.part", "d.gz", "e.jsonl.zstd", "E.TAR"])
 def test_data_in_another_form_is_an_error_rather_than_passed_over(tmp_path, name):
     touch(tmp_path, "good.jsonl")
     (tmp_path / name).write_bytes(b"x")

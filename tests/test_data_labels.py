@@ -118,6 +118,9 @@ def test_raw_files_of_all_corpora(tmp_path):
     ]
     with pytest.raises(DataError, match=r"00\.jsonl\.zst would be read as pile and as dolma; name it once"):
         raw_files({"pile": tmp_path / "pile", "dolma": tmp_path / "pile"}, split_bytes=SPLIT)
+    (tmp_path / "link").symlink_to(tmp_path / "pile")
+    with pytest.raises(DataError, match=r"00\.jsonl\.zst would be read as pile and as dolma; name it once"):
+        raw_files({"pile": tmp_path / "pile", "dolma": tmp_path / "link"}, split_bytes=SPLIT)
 
 
 DOLMA = b'{"id": "1", "text": "x", "source": "wiki", "added": "2023", "created": "2023", "metadata": {}}\n'

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from shard_sets import counting_documents, write_set
 from small_set import HELD_OUT, SEQ_LEN, TRAIN, config
 
@@ -28,6 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class IndexRows:
     """A stream whose rows hold their own index: what is left is which rows the loader asks for."""
 
+    seq_len = 2
     fingerprint = "index"
     order: dict[str, Any] = {}
 
@@ -35,8 +37,10 @@ class IndexRows:
         self.rows_total = rows_total
         self.asked: list[tuple[Any, ...]] = []
 
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        return np.repeat(indices[:, None], 3, axis=1)
+    def rows(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        assert out is not None
+        out[:] = indices[:, None]
+        return out
 
     def sources(self, indices: np.ndarray) -> np.ndarray:
         return indices % 2
@@ -158,6 +162,20 @@ def test_tokens_are_handed_on_in_the_type_asked_for(made: Path) -> None:
         (batch,) = next(loader)
     assert batch.tokens_BS1.dtype == np.int32
     assert np.array_equal(batch.tokens_BS1, stream.rows(np.arange(4)))
+
+
+def test_what_is_kept_of_a_batch_is_not_written_over() -> None:
+    """Memory is used again when nobody holds it: neither a view nor a tensor on one."""
+    kept: list[tuple[int, np.ndarray | torch.Tensor]] = []
+    with Loader(IndexRows(), rank=0, world=1, batch_rows=4, micro_batch_size=2) as loader:
+        for step in range(60):
+            for batch in next(loader):
+                if step % 3 == 0:
+                    tokens = batch.tokens_BS1
+                    kept.append((batch.row_start, tokens[:, 1:] if step % 2 else torch.from_numpy(tokens)[:, :-1]))
+    del batch, tokens
+    for row_start, view in kept:
+        assert np.asarray(view).tolist() == [[row_start] * 2, [row_start + 1] * 2]
 
 
 def test_micro_batches_are_fixed_groups_of_consecutive_rows(made: Path) -> None:

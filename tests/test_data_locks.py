@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.document import DataError
-from data_pipeline.locks import held, is_free
+from data_pipeline.locks import at_work, held, is_free
 
 
 def test_locks(tmp_path: Path) -> None:
@@ -22,6 +22,20 @@ def test_locks(tmp_path: Path) -> None:
     assert is_free(lock)
     with held(lock), pytest.raises(DataError, match="taken"), held(lock, shared=True, refusal="taken"):
         pass
+
+
+def test_work_for_a_dead_build_does_not_begin(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+
+    def broken(message: None) -> None:
+        assert not is_free(lock)
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError), at_work(str(lock), broken):
+        raise AssertionError("it has begun")
+    with at_work(str(lock), lambda message: None):
+        assert not is_free(lock)
+    assert is_free(lock)
 
 
 def test_a_killed_holder_gives_its_lock_back(tmp_path: Path) -> None:

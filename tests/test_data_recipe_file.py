@@ -57,7 +57,7 @@ def test_the_data_section_and_the_tokens_of_the_run(tmp_path: Path) -> None:
         ("{token_budget: 1e6, max_steps: 5}", 10**6),
         ("{max_steps: 5}", None),
         ("7", None),
-        ("{max_steps: x, batch_tokens: 5}", None),
+        ("{max_steps: null, batch_tokens: 5}", None),
     ],
 )
 def test_tokens_of_the_run_are_told_where_the_recipe_says_them(tmp_path: Path, train: str, planned: int | None) -> None:
@@ -77,7 +77,15 @@ def test_a_recipe_that_streams_needs_a_shard_set(tmp_path: Path) -> None:
         ("[1]", "is no recipe: it has no section `data`"),
         ("data: 3", "is no recipe: it has no section `data`"),
         ("{", "cannot be read as a recipe: while parsing"),
-        ("data: {path: p, seq_len: x, sed: 1}", "data.seq_len: Input should be a valid integer\n  data.sed: Extra"),
+        ("data: {path: p, seq_len: x, sed: 1}", "data.seq_len: Input should be a valid integer\n  data.sed: there"),
+        ("data: {path: p, sed: 1}", "data.sed: there is no such key (nearest: 'seed')"),
+        (
+            "data: {path: p, stages: [{mixture: strategy_1, token: 5}]}",
+            "data.stages.0.token: there is no such key (nearest: 'tokens')",
+        ),
+        ("{data: {path: p}, train: {token_budget: .inf}}", "recipe.yaml: train.token_budget is inf; give a positive"),
+        ("{data: {path: p}, train: {max_steps: x, batch_tokens: 5}}", "train.max_steps is 'x'; give a positive number"),
+        ("{data: {path: p}, train: {max_steps: -1}}", "train.max_steps is -1; give a positive number"),
         ("data: {path: p, mixture: strategy_9}", "data.mixture: unknown mixture 'strategy_9' (nearest: 'strategy_"),
     ],
 )

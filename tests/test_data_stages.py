@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -104,3 +107,71 @@ def test_limits_and_stages_together() -> None:
         "a 50.00%, b 50.00% up to row 81; then a 100.00% up to row 100; then c 100.00%"
     )
     assert early.order()["limits"] == {"b": 40}
+
+
+def test_the_source_that_ended_the_stream_is_named() -> None:
+    # b has given its 2 rows when stage 1 ends; stage 2 is without b, and stage 3 has nothing but b.
+    given = stages(({"a": 1, "b": 1}, 4), ({"c": 1}, 5), ({"b": 1}, None))
+    for at_limit in ("stop", "reweight"):
+        ended = plan_stages(given, limits={"b": 2}, at_limit=at_limit)
+        assert (ended.rows_total, ended.ended_by) == (9, "b")
+    # Where the sources of a stage leave it one after another, it is the last of them.
+    both = plan_stages(stages(({"a": 1, "b": 3}, None)), limits={"a": 5, "b": 6}, at_limit="reweight")
+    assert (both.rows_total, both.ended_by) == (11, "a")
+
+
+def count_row_by_row(
+    given: list[FlatStage], limits: dict[str, int], at_limit: str, sampling: str, rows: int
+) -> tuple[list[tuple[str, int]], bool]:
+    """(source, its row) of the first `rows` rows, by asking at each row whether its source has one left; ended?"""
+    done: list[tuple[str, int]] = []
+    drawn: Counter[str] = Counter()
+    tables, end = 0, 0
+    for stage in given:
+        end = rows if stage.rows is None else end + stage.rows
+        while len(done) < min(end, rows):
+            open_to = {
+                name: weight
+                for name, weight in stage.mixture.weights.items()
+                if at_limit == "stop" or drawn[name] != limits.get(name)
+            }
+            if not open_to:
+                return done, True
+            weights = {name: weight / sum(open_to.values()) for name, weight in open_to.items()}
+            mixture = Mixture(weights, sampling=sampling, seed=2, stage=tables)
+            before = len(done)
+            for number in mixture.locate(np.arange(rows))[0].tolist():
+                name = mixture.names[number]
+                if len(done) == min(end, rows) or drawn[name] == limits.get(name):
+                    break
+                done.append((name, drawn[name]))
+                drawn[name] += 1
+            tables += len(done) > before
+            if len(done) < min(end, rows) and at_limit == "stop":
+                return done, True
+    return done, False
+
+
+@pytest.mark.parametrize("at_limit", ["stop", "reweight"])
+@pytest.mark.parametrize("sampling", ["exact", "random"])
+def test_any_stages_with_any_limits_are_what_counting_gives(sampling: str, at_limit: str) -> None:
+    """Sources absent from a stage and back in the next, limits at borders, several at the same row, one-row limits."""
+    chance = random.Random(f"{sampling} {at_limit}")
+    for _ in range(12):
+        given = []
+        for number in range(chance.randint(1, 4)):
+            names = chance.sample("abcd", chance.randint(1, 4))
+            given.append(({name: chance.randint(1, 9) for name in names}, chance.choice([1, 2, 5, 10, 37, 100])))
+        given[-1] = (given[-1][0], None)
+        flat = stages(*given)
+        used = {name for stage in flat for name in stage.mixture.weights}
+        limits = {name: chance.choice([1, 2, 3, 5, 10, 50]) for name in sorted(used) if chance.random() < 0.6}
+        expected, ended = count_row_by_row(flat, limits, at_limit, sampling, 300)
+        staged = plan_stages(flat, sampling=sampling, seed=2, limits=limits, at_limit=at_limit)
+        source, row = staged.locate(np.arange(len(expected)))
+        assert [(staged.names[s], r) for s, r in zip(source.tolist(), row.tolist())] == expected
+        if ended:
+            assert staged.rows_total == len(expected)
+            assert staged.drawn(len(expected))[staged.ended_by] == limits[staged.ended_by]
+        else:
+            assert staged.rows_total is None or staged.rows_total >= 300

@@ -239,6 +239,9 @@ def test_limits_of_all_sources_end_a_reweighted_stream_too(made: Path) -> None:
         assert sorted(located.row[located.source == source].tolist()) == list(range(rows))
     with pytest.raises(DataError, match="max_epochs of 'pile' is 0.25, which is less than one row of 6 of its 18"):
         open_stream(config(made, max_epochs={"pile": 0.25}))
+    endless = open_stream(config(made, max_epochs=1e17))  # no row index has room for so many rows
+    assert endless.rows_total is not None and endless.rows_total > 2**48
+    assert endless.rows([endless.rows_total - 1]).shape == (1, 7)
 
 
 @pytest.mark.parametrize("shards", [200, pytest.param(10_000, marks=pytest.mark.slow)])

@@ -16,8 +16,9 @@ from killed_builds import contents, moepp_data, run, run_killed
 from raw_corpora import lines_of, write_corpora, write_raw, write_tokenizer
 
 from data_pipeline.atomic import TEMPORARY
-from data_pipeline.build import BuildReport, build_set, finish_set
+from data_pipeline.build import BuildReport, Watcher, build_set, finish_set
 from data_pipeline.document import DataError
+from data_pipeline.file_job import FileJob
 from data_pipeline.tasks import Task, fingerprint, longest_first, parse_task, shares
 
 
@@ -125,6 +126,24 @@ def test_finish_names_what_is_not_built(tmp_path: Path, raw: dict[str, Path], to
         finish_set(out, corpora=raw)
 
 
+def test_finish_names_what_it_leaves_out(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    build(tmp_path / "out", tokenizer, raw, task=Task(1, 1))
+    said: list[str] = []
+
+    class Listener(Watcher):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    assert len(finish_set(tmp_path / "out", corpora={"pile": raw["pile"]}, watcher=Listener()).manifest.files) == 2
+    assert [text.partition(" is not")[0] for text in said] == [
+        "warning: what was built of dolma", "warning: what was built of redpajama"
+    ]
+    said.clear()
+    assert len(finish_set(tmp_path / "out", corpora=raw, watcher=Listener()).manifest.files) == 6
+    assert len(finish_set(tmp_path / "out", corpora={"pile": raw["pile"]}, watcher=Listener()).manifest.files) == 6
+    assert not said
+
+
 def test_finish_judges_whole_corpora(tmp_path: Path, tokenizer: Path) -> None:
     for number in range(3):
         write_raw(tmp_path / f"pile/{number}.jsonl", b"bad\n" * 4)
@@ -180,6 +199,54 @@ def test_who_may_run_beside_whom(tmp_path: Path, raw: dict[str, Path], tokenizer
             build(out, tokenizer, raw, task=Task(3, 3))
     build(out, tokenizer, raw, task=Task(4, 4))  # nobody is running: another number of tasks is fine
     assert len(build(out, tokenizer, raw).manifest.files) == 6
+
+
+RELEASE = """
+import fcntl, pathlib, sys, time
+file = open(sys.argv[1], "a+b")
+fcntl.flock(file, fcntl.LOCK_SH)
+print("held", flush=True)
+time.sleep(1)
+pathlib.Path(sys.argv[2]).touch()
+"""
+
+
+class AfterWorkers(Watcher):
+    """Is told that a build begins only when workers of a killed one have ended."""
+
+    def __init__(self, ended: Path) -> None:
+        self.ended, self.begun = ended, False
+
+    def begin(self, jobs: list[FileJob], kept: int) -> None:
+        assert self.ended.exists()
+        self.begun = True
+
+
+@pytest.mark.parametrize("killed", ["workers", "workers-1", "workers-3"])
+def test_tasks_wait_for_the_workers_of_killed_builds(
+    tmp_path: Path, raw: dict[str, Path], tokenizer: Path, killed: str
+) -> None:
+    """Of a whole build, of the same task, and of another task of another number of them, which had other shares."""
+    out, ended = tmp_path / "out", tmp_path / "ended"
+    build(out, tokenizer, raw, task=Task(1, 3))
+    process = subprocess.Popen(
+        [sys.executable, "-c", RELEASE, str(out / ".locks" / killed), str(ended)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout and process.stdout.readline() == "held\n"
+    watcher = AfterWorkers(ended)
+    build(out, tokenizer, raw, task=Task(1, 4 if killed == "workers-3" else 3), watcher=watcher)
+    assert watcher.begun and process.wait() == 0
+
+
+def test_a_damaged_list_of_tasks_is_none(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:
+    out = tmp_path / "out"
+    build(out, tokenizer, raw, task=Task(1, 3))
+    (out / ".locks/tasks.json").write_bytes(b"")
+    with pytest.raises(DataError, match="run `moepp-data build` again, and then finish"):
+        finish_set(out, corpora=raw)
+    build(out, tokenizer, raw, task=Task(2, 3))
+    with pytest.raises(DataError, match="run --task 3/3 again, and then finish"):
+        finish_set(out, corpora=raw)
 
 
 def test_tasks_leave_what_others_are_writing(tmp_path: Path, raw: dict[str, Path], tokenizer: Path) -> None:

@@ -48,6 +48,7 @@ def test_other_sums_are_scaled_with_a_notice() -> None:
     flat = flatten_mixture({"a": 1, "b": 3})
     assert flat.weights == {"a": Fraction(1, 4), "b": Fraction(3, 4)}
     assert flat.notice == "mixture weights sum to 4; they were scaled to sum to 1"
+    assert flatten_mixture({"a": 1, "b": 1e-6}).notice.startswith("mixture weights sum to 1.000001;")
 
 
 SELF_REFERENCE: dict[str, Any] = {}

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,18 @@ def test_a_worker_that_is_killed_is_noticed() -> None:
         DataError, match="a worker process died at 3 without a word, as when the system runs out"
     ):
         collect(die, [1, 2, 3, 4], 2)
+
+
+def answer_and_die(job: int, report: Report) -> int:
+    threading.Timer(0.05, os._exit, args=(1,)).start()
+    return job
+
+
+def test_a_worker_that_dies_between_two_jobs_is_noticed() -> None:
+    results = run_jobs(answer_and_die, [1, 2, 3, 4], workers=2, on_progress=lambda job, message: None)
+    with pytest.raises(DataError, match="a worker process died at [34] without a word"):
+        for _ in results:
+            time.sleep(1)
 
 
 def write_or_fail(job: Path, report: Report) -> None:

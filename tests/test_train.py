@@ -133,7 +133,8 @@ def test_plain_python_and_torchrun_are_one_program(tmp_path: Path) -> None:
 def test_a_source_s_epochs_end_the_run(tmp_path: Path) -> None:
     """`max_epochs` with `stop`: said at the start, the last whole update is saved, the run is complete and stays so."""
     command = [sys.executable, "-m", "moepp_ds.train", GOLDEN_RECIPE, "--run-dir", str(tmp_path / "run")]
-    command += sets("data.max_epochs={pile: 0.03}", "data.stages=[{mixture: {pile: 1, dolma: 3}}]", "data.mixture=null")
+    stages = "[{mixture: {pile: 1, dolma: 3}, tokens: 6400}, {mixture: {dolma: 1}}]"
+    command += sets("data.max_epochs={pile: 0.03}", f"data.stages={stages}", "data.mixture=null")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     for resume in ("none", "auto"):
         done = subprocess.run(
@@ -142,7 +143,8 @@ def test_a_source_s_epochs_end_the_run(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         # floor(0.03 x 29,567 / 64) = 13 rows of pile, one in four: they suffice for 3 updates of 16 rows.
         assert "the run ends after update 3 of 20, at learning rate" in done.stdout
-        assert "mixture weights sum to 4; they were scaled to sum to 1" in done.stdout
+        assert "stage 1: mixture weights sum to 4; they were scaled to sum to 1" in done.stdout
+        assert "stage 2 begins at row 100 and the run ends after 48: it is not used" in done.stdout
         assert "epochs at the end: dolma 0.03, pile 0.03" in done.stdout
         assert status(tmp_path / "run") == {"state": "completed", "step": 3, "message": ""}
         assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000003\n"

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from data_pipeline.config import DataConfig
 from data_pipeline.document import DataError
-from data_pipeline.recipe_file import read_data_section
+from data_pipeline.recipe_file import checked_data, read_data_section
 from data_pipeline.weights import flatten_mixture
 
 SetFolder = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shard set.")]
@@ -78,5 +78,6 @@ def choose_data(
         raise DataError("name a shard set (OUT), or a recipe whose data.path is one (--recipe)")
     if mixture is None:
         return ChosenData(out, None, None)
-    drawn = DataConfig(path=str(out), mixture=parse_mixture(mixture), seq_len=seq_len, seed=seed)
-    return ChosenData(out, drawn, None)
+    asked = {"path": str(out), "mixture": parse_mixture(mixture), "seq_len": seq_len, "seed": seed}
+    drawn = checked_data(asked, place="what the command line asks for")
+    return ChosenData(Path(drawn.path), drawn, None)

@@ -49,13 +49,14 @@ class SpoolRows:
         """Rows until the stream ends; None, since the length of its sources is not known."""
         return self.mixture.rows_total
 
-    def rows(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Tokens of the rows at `indices`: int64 [n, seq_len + 1], a new array. Waits for what is not made yet."""
+    def rows(self, indices: np.ndarray | Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens of the rows at `indices`: int64 [n, seq_len + 1], a new array, or `out`. Waits for it."""
         source, drawn = self._locate(indices)
         if not self._supply.begun:
             self._supply.begin(self._needed(0), {})
         window, place = np.divmod(drawn, self._plan.window)
-        out = np.empty((len(drawn), self.seq_len + 1), dtype=np.int64)
+        if out is None:
+            out = np.empty((len(drawn), self.seq_len + 1), dtype=np.int64)
         for row, (number, own_window, own_place) in enumerate(zip(source.tolist(), window.tolist(), place.tolist())):
             own_row = own_window * self._plan.window + int(self._permutation(number, own_window)[own_place])
             self._supply.tokens(self.source_names[number], own_row * self.seq_len, out[row])
