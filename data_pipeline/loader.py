@@ -7,7 +7,7 @@
 A micro batch is the same group of rows in every layout; only who computes it changes. The position is the
 number of rows consumed, so a resume is an index: nothing is replayed, and the world may differ.
 
-One thread in this process is enough (rows are slices of memory maps). It runs a few steps ahead; what it has
+One thread in this process is enough (rows are slices of memory maps). It runs a little ahead; what it has
 fetched and training has not taken does not count as consumed. Rows are released once every rank must have them:
 ranks take their steps together, so none is more than a step behind.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,8 +27,10 @@ import numpy as np
 from data_pipeline.document import DataError
 from data_pipeline.row_source import Rows
 
-AHEAD_STEPS = 2
-"""Steps that are kept ready."""
+FETCHED_ROWS = 256
+"""Rows that are fetched together, where as many or more are not one step: handing over costs as much as 50 rows."""
+AHEAD = 2
+"""So many fetches are kept ready."""
 RELEASED_AFTER_STEPS = 2
 """Steps that are kept behind the last one taken."""
 
@@ -72,8 +75,11 @@ class Loader:
             self._step, self._row = check_position(state, stream)
         if self._row:
             stream.seek(self._row, (state or {}).get("position", {}))
-        self._memory = _Memory((batch_rows // world, stream.seq_len + 1), np.dtype(dtype))
-        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=AHEAD_STEPS)
+        rows = batch_rows // world
+        self._together = max(FETCHED_ROWS // rows, 1)
+        self._memory = _Memory((self._together * rows, stream.seq_len + 1), np.dtype(dtype))
+        self._ready: queue.Queue[list[list[Batch]] | BaseException] = queue.Queue(maxsize=AHEAD)
+        self._at_hand: deque[list[Batch]] = deque()
         self._failure: BaseException | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(
@@ -105,15 +111,16 @@ class Loader:
     def __next__(self) -> list[Batch]:
         if self._closing.is_set():
             raise StopIteration
-        if self._failure is None:
-            ready = self._ready.get()
-            if not isinstance(ready, BaseException):
-                self._step += 1
-                self._row += self._batch_rows
-                self._stream.release(max(self._row - RELEASED_AFTER_STEPS * self._batch_rows, 0))
-                return ready
-            self._failure = ready
-        raise self._failure
+        if not self._at_hand:
+            ready = self._failure or self._ready.get()
+            if isinstance(ready, BaseException):
+                self._failure = ready
+                raise ready
+            self._at_hand.extend(ready)
+        self._step += 1
+        self._row += self._batch_rows
+        self._stream.release(max(self._row - RELEASED_AFTER_STEPS * self._batch_rows, 0))
+        return self._at_hand.popleft()
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, in JSON values: steps and rows consumed, and what the rows' order depends on."""
@@ -143,32 +150,35 @@ class Loader:
         self.close()
 
     def _fetch(self, first_row: int) -> None:
-        """The thread: put one step after another into the queue until closed; an error goes the same way."""
+        """The thread: put steps into the queue until closed, one at first; an error goes the same way."""
         try:
-            end = self._stream.rows_total
+            end, steps = self._stream.rows_total, 1
             while not self._closing.is_set():
-                if end is not None and first_row + self._batch_rows > end:
+                if end is not None:
+                    steps = min(steps, (end - first_row) // self._batch_rows)
+                if steps <= 0:
                     self._ready.put(StopIteration())
                     return
-                self._ready.put(self._batches(first_row))
-                first_row += self._batch_rows
+                self._ready.put(self._batches(first_row, steps))
+                first_row += steps * self._batch_rows
+                steps = min(2 * steps, self._together)
         except BaseException as error:  # handed to the consumer, who raises it
             self._ready.put(error)
 
-    def _batches(self, first_row: int) -> list[Batch]:
-        stride = self._micro * self._world
-        starts = np.arange(first_row + self._rank * self._micro, first_row + self._batch_rows, stride)
-        indices = (starts[:, None] + np.arange(self._micro)).ravel()
-        tokens = self._stream.rows(indices, out=self._memory.lend())
+    def _batches(self, first_row: int, steps: int) -> list[list[Batch]]:
+        micro = self._micro
+        first_of_step = first_row + np.arange(steps)[:, None] * self._batch_rows
+        starts = first_of_step + np.arange(self._rank * micro, self._batch_rows, micro * self._world)
+        indices = (starts[..., None] + np.arange(micro)).ravel()
+        tokens = self._stream.rows(indices, out=self._memory.lend()[: len(indices)])
         sources = self._stream.sources(indices)
-        return [
-            Batch(
-                tokens[place * self._micro : (place + 1) * self._micro],
-                start,
-                sources[place * self._micro : (place + 1) * self._micro],
-            )
-            for place, start in enumerate(starts.tolist())
+        cuts = range(0, len(indices), micro)
+        micro_batches = [
+            Batch(tokens[cut : cut + micro], start, sources[cut : cut + micro])
+            for cut, start in zip(cuts, starts.ravel().tolist())
         ]
+        accumulation = starts.shape[1]
+        return [micro_batches[cut : cut + accumulation] for cut in range(0, len(micro_batches), accumulation)]
 
 
 class _Memory:

@@ -3,8 +3,8 @@
     row index ─▶ stages: which source, which of its rows ─▶ packing: which file, where ─▶ gather
 
 `rows(indices)` is a pure function of the shards, the configuration and the indices. Where rows lie is worked
-out for blocks of consecutive rows at a time and kept for the last few blocks; the gather itself copies one
-slice a row, all in one call.
+out for blocks of consecutive rows at a time and kept for the last few blocks; the gather itself joins one slice a
+row, and widens all of them in one go.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import orjson
 
 from data_pipeline.document import DataError
 from data_pipeline.manifest import TokenizerInfo
-from data_pipeline.packing import STRADDLES, SourceRows
-from data_pipeline.shards import Shard
+from data_pipeline.packing import SourceRows
+from data_pipeline.shards import Shard, token_width
 from data_pipeline.stages import StagedMixture
 
 BLOCK_ROWS = 2048
 """Rows that are located together."""
+GATHERED_ROWS = 64
+"""Rows that are joined before they are widened: what lies between stays in the processor's cache."""
 OPEN_SHARDS = 512
 """Shards mapped at a time; each holds a file descriptor, of which a process usually may have 1,024."""
 
@@ -47,17 +49,17 @@ class ShardPool:
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
-        self.tokens = lru_cache(maxsize=OPEN_SHARDS)(self._map_tokens)
-        """tokens(file): the ids of a file's shard, a read-only view of the disk."""
+        self.bytes = lru_cache(maxsize=OPEN_SHARDS)(self._map_tokens)
+        """bytes(file): the bytes of the ids in a file's shard, a read-only view of the disk."""
         self.cuts = lru_cache(maxsize=OPEN_SHARDS)(self._read_cuts)
         """cuts(file): the part cuts of a file's shard, uint64; none for a file without tokens."""
 
     def close(self) -> None:
         """Unmap all shards; one that is asked for again is opened again."""
-        self.tokens.cache_clear()
+        self.bytes.cache_clear()
 
-    def _map_tokens(self, file: int) -> np.ndarray:
-        return Shard(Path(self.paths[file])).tokens
+    def _map_tokens(self, file: int) -> memoryview:
+        return Shard(Path(self.paths[file])).tokens.data.cast("B")
 
     def _read_cuts(self, file: int) -> np.ndarray:
         path = self.paths[file]
@@ -91,7 +93,7 @@ class RowStream:
         """Training tokens of one epoch of each source."""
         self._sources = sources
         self._pool = pool
-        self._tokens = pool.tokens
+        self._stored = np.dtype(f"<u{token_width(tokenizer.vocab_size)}")
         self._block = lru_cache(maxsize=4)(self._locate_block)
 
     @property
@@ -167,18 +169,23 @@ class RowStream:
 
     def gather(self, located: Located, out: np.ndarray | None = None) -> np.ndarray:
         """Tokens of rows found by `locate`: int64 [n, seq_len + 1], a new array; or they are written to `out`."""
-        length, tokens_of = self.seq_len + 1, self._tokens
         if out is None:
-            out = np.empty((len(located.file), length), dtype=np.int64)
-        parts: list[np.ndarray] = [np.empty(0, dtype=np.uint16)]  # so that no rows are none, and not an error
-        for place, (file, offset) in enumerate(zip(located.file.tolist(), located.offset.tolist())):
-            if offset == STRADDLES:
-                pieces = self._sources[int(located.source[place])].pieces(int(located.row[place]))
-                parts += [tokens_of(file)[start : start + count] for file, start, count in pieces]
-            else:
-                parts.append(tokens_of(file)[offset : offset + length])
-        np.concatenate(parts, out=out.reshape(-1))
+            out = np.empty((len(located.file), self.seq_len + 1), dtype=np.int64)
+        files, begins = located.file.tolist(), (located.offset * self._stored.itemsize).tolist()
+        for first in range(0, len(files), GATHERED_ROWS):
+            last = min(first + GATHERED_ROWS, len(files))
+            parts: list[memoryview] = []
+            for place in range(first, last):
+                parts += self._bytes(located, place, files[place], begins[place])
+            out[first:last] = np.frombuffer(b"".join(parts), dtype=self._stored).reshape(last - first, -1)
         return out
+
+    def _bytes(self, located: Located, place: int, file: int, begin: int) -> Sequence[memoryview]:
+        width, bytes_of = self._stored.itemsize, self._pool.bytes
+        if begin >= 0:
+            return (bytes_of(file)[begin : begin + (self.seq_len + 1) * width],)
+        pieces = self._sources[int(located.source[place])].pieces(int(located.row[place]))
+        return [bytes_of(own)[start * width : (start + count) * width] for own, start, count in pieces]
 
 
 def order_hash(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The loader, against copying the same rows out of one memory map.
 
-The bare side is as bare as can be: the rows lie in one file, without parts, windows or sources, and a batch is one
-numpy gather by their places, made int64. Both sides read warm pages; they take turns, and medians count.
+The bare side is as bare as can be: the rows lie in one file, without parts, windows or sources, and a micro batch is
+one numpy gather by their places, made int64. Both sides read warm pages; they take turns, and medians count.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ def bench_loader(
         mapped = np.memmap(Path(folder) / "rows", dtype=dtype, mode="r", shape=laid.shape)
         loader, gather = [], []
         for _ in range(rounds):
-            gather.append(_gather(mapped, places, batch_rows))
+            gather.append(_gather(mapped, places, micro_batch_size))
             loader.append(_load(stream, rows // batch_rows, batch_rows, micro_batch_size))
     stream.close()
     return LoaderResult(rows, config.seq_len, loader, gather)
 
 
-def _gather(mapped: np.ndarray, places: np.ndarray, batch_rows: int) -> Seconds:
+def _gather(mapped: np.ndarray, places: np.ndarray, micro_batch_size: int) -> Seconds:
     taken = Seconds()
     with taken.add():
-        for first in range(0, len(places), batch_rows):
-            mapped[places[first : first + batch_rows]].astype(np.int64)
+        for first in range(0, len(places), micro_batch_size):
+            mapped[places[first : first + micro_batch_size]].astype(np.int64)
     return taken
 
 
