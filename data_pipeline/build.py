@@ -121,8 +121,11 @@ def build_set(
     HeldOutRule(held_out)
     raw = raw_files(corpora, split_bytes=split_bytes)
     _refuse_nested(root, corpora)
+    loaded = load_tokenizer(tokenizer_file, eos)
+    if loaded.plain_because:
+        watcher.say(f"no word cache for this tokenizer, so a slower build: {'; '.join(loaded.plain_because)}")
     settings = Settings(
-        tokenizer=tokenizer_info(load_tokenizer(tokenizer_file, eos), tokenizer_file),
+        tokenizer=tokenizer_info(loaded, tokenizer_file),
         held_out=held_out,
         part_tokens=part_tokens,
         split_bytes=split_bytes,

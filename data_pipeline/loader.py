@@ -28,7 +28,8 @@ from data_pipeline.document import DataError
 from data_pipeline.row_source import Rows
 
 FETCHED_ROWS = 256
-"""Rows that are fetched together, where as many or more are not one step: handing over costs as much as 50 rows."""
+"""Rows that are fetched together, where as many or more are not one step: handing over costs as much as 50 rows.
+Fewer where the stream cannot be asked so far ahead."""
 AHEAD = 2
 """So many fetches are kept ready."""
 RELEASED_AFTER_STEPS = 2
@@ -76,7 +77,7 @@ class Loader:
         if self._row:
             stream.seek(self._row, (state or {}).get("position", {}))
         rows = batch_rows // world
-        self._together = max(FETCHED_ROWS // rows, 1)
+        self._together = self._steps_together(rows)
         self._memory = _Memory((self._together * rows, stream.seq_len + 1), np.dtype(dtype))
         self._ready: queue.Queue[list[list[Batch]] | BaseException] = queue.Queue(maxsize=AHEAD)
         self._at_hand: deque[list[Batch]] = deque()
@@ -104,6 +105,18 @@ class Loader:
                 f"batch of {batch_rows} rows is not divisible by micro_batch_size {micro_batch_size} x world"
                 f" {world} = {unit}; use {valid} rows (train.batch_tokens = rows x data.seq_len)"
             )
+
+    def _steps_together(self, rows: int) -> int:
+        """Most steps in one fetch, of each of which `rows` rows are this rank's; no more than the stream has room for.
+
+        Between the first row that is not released and the last that is asked for lie the steps kept behind, the
+        fetch that is at hand, those kept ready, and the one on its way.
+        """
+        together = FETCHED_ROWS // rows
+        if self._stream.rows_ahead is not None:
+            room = self._stream.rows_ahead // self._batch_rows - RELEASED_AFTER_STEPS
+            together = min(together, room // (AHEAD + 2))
+        return max(together, 1)
 
     def __iter__(self) -> Loader:
         return self

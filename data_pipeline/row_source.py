@@ -30,6 +30,10 @@ class Rows(Protocol):
     def rows_total(self) -> int | None:
         """Rows until a source's `max_epochs` ends the stream; None is without end."""
 
+    @property
+    def rows_ahead(self) -> int | None:
+        """So many rows from the first that is not released on may surely be asked for; None is without end."""
+
     def rows(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Tokens of rows, int64 [n, S + 1]: a new array, or `out`, of that shape and any type that holds the ids."""
 

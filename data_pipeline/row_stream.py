@@ -101,6 +101,10 @@ class RowStream:
         """Rows until a source's `max_epochs` ends the stream; None is without end."""
         return self.mixture.rows_total
 
+    @property
+    def rows_ahead(self) -> None:
+        """Any row may be asked for at any time."""
+
     def epochs(self, rows: int) -> dict[str, float | None]:
         """Passes over each source that the first `rows` rows are."""
         drawn = self.mixture.drawn(rows)

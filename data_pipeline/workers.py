@@ -84,9 +84,11 @@ def _in_processes(
                     _give(pipe, busy[pipe])
                 else:
                     pipe.close()
-    finally:
+    except BaseException:
         for process in processes:
             process.terminate()
+        raise
+    finally:
         for process in processes:
             process.join()
 

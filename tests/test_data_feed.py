@@ -226,6 +226,18 @@ def test_too_many_bad_lines_reach_training(made: StreamedCorpora, tmp_path: Path
     assert len(quarantine) == 9 and json.loads(quarantine[0].read_bytes().split(b"\n")[0])["raw"] == "bm8ganNvbg=="
 
 
+def test_what_python_prints_at_its_start_is_no_answer(
+    made: StreamedCorpora, prepared_rows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text('print("modules loaded")\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with closing(open_rows(made.streamed(tmp_path / "spool"))) as rows:
+        assert np.array_equal(rows.rows([0]), prepared_rows[:1])
+    with closing(open_rows(made.streamed(tmp_path / "other", {"max_bad_share": 0.0}))) as rows:
+        with pytest.raises(DataError, match="lines are no documents"):
+            rows.rows([ROWS // 20])
+
+
 def test_rows_are_released_and_the_disk_is_bounded(
     made: StreamedCorpora, prepared_rows: np.ndarray, tmp_path: Path
 ) -> None:
@@ -246,6 +258,17 @@ def test_rows_are_released_and_the_disk_is_bounded(
         assert rows.epochs(ROWS) == open_rows(made.prepared()).epochs(ROWS)
         assert rows.rows_total is None
     assert not list((spool / "readers").iterdir())
+
+
+def test_the_loader_does_not_ask_for_more_than_the_disk_holds(made: StreamedCorpora, tmp_path: Path) -> None:
+    """It would fetch 256 rows at a time; of this spool's two chunks, or eight windows, surely 225 can be asked for."""
+    changes: dict[str, Any] = {"mixture": {"pile": 1.0}, "seq_len": 64}
+    expected = open_rows(made.prepared(**changes)).rows(np.arange(1200))
+    rows = open_rows(made.streamed(tmp_path / "spool", {"disk_bytes": 110_000}, **changes))
+    assert rows.rows_ahead == 1 + 7 * 32
+    with Loader(rows, rank=0, world=1, batch_rows=4, micro_batch_size=4) as loader, closing(rows):
+        for start in range(0, 1200, 4):
+            assert np.array_equal(next(loader)[0].tokens_BS1, expected[start : start + 4])
 
 
 def test_a_spool_serves_one_run(made: StreamedCorpora, prepared_rows: np.ndarray, tmp_path: Path) -> None:

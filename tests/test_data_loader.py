@@ -33,12 +33,15 @@ class IndexRows:
     fingerprint = "index"
     order: dict[str, Any] = {}
 
-    def __init__(self, rows_total: int | None = None) -> None:
-        self.rows_total = rows_total
+    def __init__(self, rows_total: int | None = None, rows_ahead: int | None = None) -> None:
+        self.rows_total, self.rows_ahead = rows_total, rows_ahead
         self.asked: list[tuple[Any, ...]] = []
+        self.released = 0
+        self.furthest = 0
 
     def rows(self, indices: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         assert out is not None
+        self.furthest = max(self.furthest, int(indices[-1]) + 1 - self.released)
         out[:] = indices[:, None]
         return out
 
@@ -50,6 +53,7 @@ class IndexRows:
 
     def release(self, row: int) -> None:
         self.asked.append(("release", row))
+        self.released = row
 
     def position(self, row: int) -> dict[str, Any]:
         return {"at": row}
@@ -154,6 +158,15 @@ def test_the_end_of_the_stream_ends_iteration_with_the_last_whole_step() -> None
         assert [step[0].row_start for step in loader] == [0, 4, 8]
         assert next(loader, None) is None
         assert loader.state()["rows"] == 12
+
+
+@pytest.mark.parametrize(("rows_ahead", "together"), [(None, 64), (1032, 64), (1031, 63), (71, 3), (24, 1), (3, 1)])
+def test_no_more_is_fetched_together_than_the_stream_has_room_for(rows_ahead: int | None, together: int) -> None:
+    """By hand: of 71 rows 17 are whole steps of 4, less 2 that are kept; a quarter of these 15 is 3."""
+    stream = IndexRows(rows_ahead=rows_ahead)
+    with Loader(stream, rank=0, world=1, batch_rows=4, micro_batch_size=4) as loader:
+        assert [next(loader)[0].row_start for _ in range(600)] == list(range(0, 2400, 4))
+    assert stream.furthest <= 4 * (2 + 4 * together)
 
 
 def test_tokens_are_handed_on_in_the_type_asked_for(made: Path) -> None:

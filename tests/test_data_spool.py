@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,19 @@ def test_any_changed_byte_of_a_chunk_is_seen(tmp_path: Path) -> None:
         open_chunk(path, number=1, identity=IDENTITY)
 
 
+def test_a_chunk_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    path = chunk_path(tmp_path, 0)
+    write_chunk(path, np.arange(20, dtype="<u2"), STATES, number=0, identity=IDENTITY)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(DataError, match=f"^cannot read {path}: Too many open files; .* raise ulimit -n"):
+            open_chunk(path, number=0, identity=IDENTITY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert open_chunk(path, number=0, identity=IDENTITY) is not None
+
+
 def test_disk_is_shared_by_hand() -> None:
     """Two windows of 100 tokens and one more token touch at most 8 chunks of 30; one chunk is being written."""
     weights = {"a": 0.75, "b": 0.25}
@@ -272,6 +286,28 @@ def test_a_plan_survives_the_pipe_and_tells_windows(made: StreamedCorpora, tmp_p
     assert orjson.dumps(TypeAdapter(SpoolPlan).validate_json(sent), default=lambda model: model.model_dump()) == sent
     assert plan.chunk_tokens == 4096 * 64 // 8
     assert [plan.first_chunk(drawn) for drawn in (0, 4095, 4096, 8191, 8192)] == [0, 0, 8, 8, 16]
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, 5, 6, 12])
+@pytest.mark.parametrize(("window", "seq_len"), [(1, 4), (2, 3), (3, 4), (6, 1)])
+def test_rows_ahead_are_what_chunks_have_room_for(
+    made: StreamedCorpora, tmp_path: Path, chunk_tokens: int, window: int, seq_len: int
+) -> None:
+    plan = replace(plan_of(made, tmp_path), chunk_tokens=chunk_tokens, window=window, seq_len=seq_len)
+    least = (2 * window * seq_len - 1) // chunk_tokens + 2
+    for capacity in range(least, least + 9):
+        capacities = {"a": capacity + 3, "b": capacity}
+        plan = replace(
+            plan,
+            sources=[SourcePlan(name=name, weight=1.0, capacity=own, files=[]) for name, own in capacities.items()],
+        )
+
+        def fits(ahead: int) -> bool:
+            """Whether from any first row on the window of the last, and the token after it, are in the chunks."""
+            ends = [((row + ahead - 1) // window + 1) * window * seq_len // chunk_tokens for row in range(200)]
+            return all(end - plan.first_chunk(row) < capacity for row, end in enumerate(ends))
+
+        assert plan.rows_ahead > window and fits(plan.rows_ahead) and not fits(plan.rows_ahead + 1)
 
 
 def test_sources_are_dealt_by_weight(made: StreamedCorpora, tmp_path: Path) -> None:

@@ -90,9 +90,11 @@ def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None
 
 
 def test_every_path_that_is_named_exists() -> None:
-    """Links, and the files and folders of the tree."""
+    """Links to files and to headings, and the files and folders of the tree."""
     text = (ROOT / "README.md").read_text()
+    titles = re.findall("^#+ (.*)", text, flags=re.M)
+    headings = {"#" + re.sub("[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
     for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
-        assert (ROOT / link).exists(), link
+        assert link in headings if link.startswith("#") else (ROOT / link).exists(), link
     for folder in re.findall(r"^([a-z_]+/) ", text, flags=re.M):
         assert (ROOT / folder).is_dir(), folder

@@ -33,7 +33,7 @@ from data_pipeline.spool.chunks import States, chunk_numbers, chunk_path, open_c
 from data_pipeline.spool.documents import Encoding, training_documents
 from data_pipeline.spool.folder import needed_by_readers, say_settled, source_folder
 from data_pipeline.spool.linear import FilePlace, LinearStream, SourceState, Taken, Totals
-from data_pipeline.spool.plan import BuilderJob, Known, SourcePlan, SpoolPlan
+from data_pipeline.spool.plan import ANSWER_MARK, BuilderJob, Known, SourcePlan, SpoolPlan
 
 IDLE_SECONDS = 0.1
 PARENT_WATCHED_SECONDS = 0.2
@@ -205,7 +205,7 @@ def describe_failure(error: Exception, root: str) -> str:
 
 
 def main() -> int:
-    """Read a `BuilderJob` as JSON from standard input and build; say what went wrong on standard output, as JSON."""
+    """Read a `BuilderJob` as JSON from standard input and build; what goes wrong is said on standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a stop asked of the whole group: training still needs its rows
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     job = TypeAdapter(BuilderJob).validate_json(sys.stdin.buffer.read())
@@ -215,7 +215,7 @@ def main() -> int:
     try:
         build(job)
     except Exception as error:  # handed to the reader who started this process
-        answer.write(orjson.dumps(describe_failure(error, job.plan.root)))
+        answer.write(ANSWER_MARK + orjson.dumps(describe_failure(error, job.plan.root)))
         answer.flush()
     return 1
 

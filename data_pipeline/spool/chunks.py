@@ -98,8 +98,13 @@ def open_chunk(path: Path, *, number: int, identity: bytes) -> Chunk | None:
         raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:  # numpy maps no empty file
+    except ValueError as error:  # numpy maps no empty file
         raise _damaged(path, str(error)) from error
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}; each chunk in use takes a file descriptor, so where these are too"
+            " few raise ulimit -n, or lower data.shuffle_window"
+        ) from error
     header = _read_header(raw[:HEADER_BYTES].tobytes(), path)
     if header.identity != identity:
         return None

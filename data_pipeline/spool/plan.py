@@ -36,6 +36,9 @@ MOST_CHUNK_TOKENS = 1 << 22
 MOST_CHUNKS = 4096
 """Of one source: no folder needs more files, and no tiny corpus has to be read ahead by gigabytes."""
 
+ANSWER_MARK = b"\0"
+"""Before what a builder says on standard output: a Python may print there at its start, as a sitecustomize does."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcePlan:
@@ -72,6 +75,17 @@ class SpoolPlan:
     def first_chunk(self, drawn: int) -> int:
         """The first chunk that is still needed of a source that has given `drawn` rows: its window's first."""
         return drawn // self.window * self.window * self.seq_len // self.chunk_tokens
+
+    @property
+    def rows_ahead(self) -> int:
+        """Rows of any source, from the first still needed on, whose windows fit with that one's into its chunks.
+
+        n windows from the start of one on, and the token after them, touch up to 1 + their tokens / chunk's, rounded
+        up. The first row may be its window's last, so it and the n - 1 windows behind it are certain.
+        """
+        chunks = min(source.capacity for source in self.sources)
+        windows = (chunks - 1) * self.chunk_tokens // (self.window * self.seq_len)
+        return 1 + (windows - 1) * self.window
 
     def encoding(self) -> Encoding:
         """How raw files become documents, with the tokenizer loaded: it must be the one of the plan."""

@@ -49,6 +49,11 @@ class SpoolRows:
         """Rows until the stream ends; None, since the length of its sources is not known."""
         return self.mixture.rows_total
 
+    @property
+    def rows_ahead(self) -> int:
+        """Rows from the first that is not released on that the spool has room for, were they all of one source."""
+        return self._plan.rows_ahead
+
     def rows(self, indices: np.ndarray | Sequence[int], out: np.ndarray | None = None) -> np.ndarray:
         """Tokens of the rows at `indices`: int64 [n, seq_len + 1], a new array, or `out`. Waits for it."""
         source, drawn = self._locate(indices)

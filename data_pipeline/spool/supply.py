@@ -23,7 +23,7 @@ from data_pipeline.document import DataError
 from data_pipeline.spool.chunks import Chunk, chunk_numbers, chunk_path, open_chunk
 from data_pipeline.spool.folder import Reader, is_settled, lock_source, source_folder
 from data_pipeline.spool.linear import SourceState
-from data_pipeline.spool.plan import BuilderJob, Known, SpoolPlan
+from data_pipeline.spool.plan import ANSWER_MARK, BuilderJob, Known, SpoolPlan
 
 POLL_SECONDS = 0.01
 FIRST_WORD_SECONDS = 20.0
@@ -246,6 +246,6 @@ def _answer(process: subprocess.Popen[bytes]) -> str:
     """What a builder that has ended, or is ending, has said; empty if nothing."""
     assert process.stdout is not None
     with process.stdout:
-        said = process.stdout.read()
+        _, mark, said = process.stdout.read().rpartition(ANSWER_MARK)
     process.wait()
-    return orjson.loads(said) if said else ""
+    return orjson.loads(said) if mark else ""
