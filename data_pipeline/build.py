@@ -184,7 +184,10 @@ class _Build:
     ) -> None:
         self._root, self._settings, self._jobs = root, settings, jobs
         self._workers, self._watcher = workers, watcher
-        self._others = self._other_corpora(corpora)
+        before = read_manifest(root).files if (root / MANIFEST).exists() else ()
+        self._others = self._other_corpora([file for file in before if file.corpus not in corpora])
+        listed = {job.key for job in jobs}
+        self._vanished = [file for file in before if file.corpus in corpora and file.key not in listed]
         self._records = {job.key: done.file for job in jobs if (done := read_done(job))}
         self._kept = len(self._records)
         self.space = SpaceEstimate(root, settings, jobs)
@@ -232,11 +235,8 @@ class _Build:
         files = sorted([*others, *self._records.values()], key=lambda file: file.key)
         return BuildReport(Manifest(settings=self._settings, files=files), len(self._records) - self._kept, self._kept)
 
-    def _other_corpora(self, named: Corpora) -> list[FileRecord]:
+    def _other_corpora(self, others: list[FileRecord]) -> list[FileRecord]:
         """Files of earlier builds whose corpus is not part of this one; with deduplication there may be none."""
-        if not (self._root / MANIFEST).exists():
-            return []
-        others = [file for file in read_manifest(self._root).files if file.corpus not in named]
         if others and self._settings.dedup:
             missing = ", ".join(f"--{corpus}" for corpus in sorted({file.corpus for file in others}))
             raise DataError(
@@ -246,7 +246,14 @@ class _Build:
         return others
 
     def _name_left_out(self) -> None:
-        """Say which corpora were built here, by tasks or a build that was interrupted, and will not be in the set."""
+        """Say what was built here and will not be in the set: files that are gone, corpora that were not named."""
+        if self._vanished:
+            tokens = sum(file.train.tokens + file.held_out.tokens for file in self._vanished)
+            self._watcher.say(
+                f"warning: {len(self._vanished):,} files with {tokens:,} tokens that the set held are not among the raw"
+                f" files any more and leave it, such as {self._vanished[0].key}; restore them and build again to keep"
+                " them"
+            )
         listed = {record.corpus for record in (*self._records.values(), *self._others)}
         for corpus in sorted({path.name for path in (self._root / "records").iterdir()} - listed):
             self._watcher.say(

@@ -140,8 +140,8 @@ def read_manifest(root: Path) -> Manifest:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise DataError(
-            f"{root} holds no shard set: {MANIFEST} is missing; run `moepp-data build {root} ...`, or run it"
-            " again if it was interrupted"
+            f"{root} holds no shard set: {MANIFEST} is missing; check the path, build it with `moepp-data build`, or,"
+            " if tasks have built it, complete it with `moepp-data finish`"
         ) from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error

@@ -179,7 +179,10 @@ def announce(
         run.say(line)
     unscored = [name for name in run.stream.source_names if name not in run.held_out]
     if unscored:
-        run.say(f"no text is held out of {', '.join(unscored)}: it is not evaluated (moepp-data build --held-out)")
+        run.say(
+            f"no text is held out of {', '.join(unscored)}: it is not evaluated (the share held out is"
+            " `moepp-data build --held-out`, or data.raw.held_out with mode: stream)"
+        )
     if checkpoint is None and resume == "auto":
         run.say(f"no checkpoint in {run.path}: starting at update 1")
     if checkpoint is not None:

@@ -138,7 +138,9 @@ def test_corpora_can_be_added_and_files_removed(
     build(out, tokenizer, {"pile": raw["pile"]})
     (raw["pile"] / "train/00.jsonl.zst").unlink()
     assert len(build(out, tokenizer, {"dolma": raw["dolma"]}).manifest.files) == 4
-    manifest = build(out, tokenizer, {"pile": raw["pile"]}).manifest
+    listener = Listener()
+    manifest = build(out, tokenizer, {"pile": raw["pile"]}, watcher=listener).manifest
+    assert any("leave it, such as pile/train/00.jsonl.zst; restore them" in said for said in listener.said)
     assert [file.key for file in manifest.files] == [
         "dolma/wiki/wiki-0.json.gz",
         "dolma/wiki/wiki-1.json.gz",

@@ -114,6 +114,8 @@ def test_count(folder: Path) -> None:
     assert "redpajama/book" in out and ": equal" in out
     assert "nothing to count" in fails("count", folder / "set")
     assert passes("count", folder / "set", "--mixture", MIXTURE).endswith("PASS\n")
+    some = passes("count", folder / "set", "--pile", folder / "raw/pile")
+    assert "not counted: dolma, redpajama; name --dolma, --redpajama too for the whole set\nPASS\n" in some
 
 
 def test_count_fails_when_a_document_is_missing(folder: Path, tmp_path: Path) -> None:
@@ -156,6 +158,7 @@ def test_recipes_say_what_is_drawn(folder: Path, tmp_path: Path) -> None:
     out = passes("count", folder / "set", "--recipe", recipe, "--rows", 1000)
     assert "at every prefix of 10 rows from row 0 (bound 1.1)" in out and "rows from row 10 (bound 1.1)" in out
     assert "give one of them" in fails("show", folder / "set", "--recipe", recipe, "--mixture", MIXTURE)
+    assert "leave --seq-len and --seed out" in fails("describe", "--recipe", recipe, "--seq-len", 32)
     assert "say what the rows are drawn by" in fails("show", folder / "set")
     assert "name a shard set (OUT)" in fails("describe")
 

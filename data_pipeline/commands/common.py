@@ -28,6 +28,7 @@ MIXTURE_HELP = 'Preset (strategy_1, strategy_2) or weights as JSON, such as \'{"
 MaxBadShare = Annotated[
     float, typer.Option(help="Share of a file's lines that may be bad; 10 lines always may.")
 ]
+SeqLen = Annotated[Optional[int], typer.Option(min=1, help="Targets per row, where no recipe says it: else 2048.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes; each takes one file at a time.")]
 
 
@@ -66,18 +67,20 @@ class ChosenData:
 
 
 def choose_data(
-    out: Path | None, mixture: str | None, recipe: Path | None, *, seq_len: int = 2048, seed: int = 0
+    out: Path | None, mixture: str | None, recipe: Path | None, *, seq_len: int | None = None, seed: int | None = None
 ) -> ChosenData:
     """A set with a mixture, or a recipe with or without another set in place of its data.path."""
     if recipe is not None:
         if mixture is not None:
             raise DataError("--mixture and --recipe both say what is drawn; give one of them")
+        if seq_len is not None or seed is not None:
+            raise DataError("the recipe says data.seq_len and data.seed; leave --seq-len and --seed out")
         config, planned = read_data_section(recipe, shards=out)
         return ChosenData(Path(config.path), config, planned)
     if out is None:
         raise DataError("name a shard set (OUT), or a recipe whose data.path is one (--recipe)")
     if mixture is None:
         return ChosenData(out, None, None)
-    asked = {"path": str(out), "mixture": parse_mixture(mixture), "seq_len": seq_len, "seed": seed}
+    asked = {"path": str(out), "mixture": parse_mixture(mixture), "seq_len": seq_len or 2048, "seed": seed or 0}
     drawn = checked_data(asked, place="what the command line asks for")
     return ChosenData(Path(drawn.path), drawn, None)

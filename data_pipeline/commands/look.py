@@ -12,13 +12,12 @@ from data_pipeline.commands.common import (
     MIXTURE_HELP,
     RECIPE_HELP,
     OptionalSet,
+    SeqLen,
     choose_data,
     standard_output,
 )
 from data_pipeline.describe import describe_mixture, describe_set, mixture_facts, set_facts, show_rows
 from data_pipeline.document import DataError
-
-_SeqLen = Annotated[int, typer.Option(min=1, help="Targets per row, where no recipe says it.")]
 
 
 def describe(
@@ -28,7 +27,7 @@ def describe(
     token_budget: Annotated[
         Optional[int], typer.Option(min=1, help="Tokens of a run, to tell epochs; else the recipe's.")
     ] = None,
-    seq_len: _SeqLen = 2048,
+    seq_len: SeqLen = None,
     json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
     """Print what a set holds and how a mixture, or a recipe's stages and limits, draw on it."""
@@ -53,8 +52,10 @@ def show(
     recipe: Annotated[Optional[Path], typer.Option(help=RECIPE_HELP)] = None,
     row: Annotated[int, typer.Option(min=0, help="Index of the first row in the training stream.")] = 0,
     rows: Annotated[int, typer.Option(min=1, help="How many rows.")] = 1,
-    seq_len: _SeqLen = 2048,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="data.seed, where no recipe says it.")] = 0,
+    seq_len: SeqLen = None,
+    seed: Annotated[
+        Optional[int], typer.Option(min=0, max=2**63 - 1, help="data.seed, where no recipe says it: else 0.")
+    ] = None,
 ) -> None:
     """Print rows of the training stream as text, with their sources and the ends of documents."""
     chosen = choose_data(out, mixture, recipe, seq_len=seq_len, seed=seed)

@@ -12,7 +12,7 @@ import typer
 from data_pipeline.bench.encode import LONG_CHARACTERS, EncodeResult, bench_encode
 from data_pipeline.bench.loader import bench_loader
 from data_pipeline.bench.texts import distinct_texts, python_folders
-from data_pipeline.commands.common import MIXTURE_HELP, RECIPE_HELP, OptionalSet, choose_data
+from data_pipeline.commands.common import MIXTURE_HELP, RECIPE_HELP, OptionalSet, SeqLen, choose_data
 from data_pipeline.document import DataError
 
 bench = typer.Typer(help="Measure the data path, each figure a ratio to something bare.", no_args_is_help=True)
@@ -76,7 +76,7 @@ def loader(
     out: OptionalSet = None,
     mixture: Annotated[Optional[str], typer.Option(help=MIXTURE_HELP)] = None,
     recipe: Annotated[Optional[Path], typer.Option(help=RECIPE_HELP)] = None,
-    seq_len: Annotated[int, typer.Option(min=1, help="Targets per row, where no recipe says it.")] = 2048,
+    seq_len: SeqLen = None,
     rows: Annotated[int, typer.Option(min=64, help="Rows to read, a multiple of 64.")] = 16_384,
     json: _Json = None,
 ) -> None:

@@ -80,7 +80,7 @@ def build(
             task=parse_task(task) if task is not None else None,
             watcher=progress,
         )
-    _print_report(out, report)
+    _print_report(out, report, whole=task is None)
     if task is not None:
         print("when all tasks have ended: moepp-data finish, with the same corpora")
 
@@ -99,10 +99,10 @@ def finish(
         report = finish_set(
             out, corpora=corpora, workers=workers, max_bad_share=max_bad_share, watcher=progress
         )
-    _print_report(out, report)
+    _print_report(out, report, whole=True)
 
 
-def _print_report(out: Path, report: BuildReport) -> None:
+def _print_report(out: Path, report: BuildReport, *, whole: bool) -> None:
     sources = census(report.manifest)
     held_out = sum(source.held_out_tokens for source in sources)
     tokens = sum(source.tokens for source in sources) - held_out
@@ -116,6 +116,6 @@ def _print_report(out: Path, report: BuildReport) -> None:
     ):
         if count:
             print(f"{count:,} {what}")
-    if report.manifest.settings.held_out:
+    if whole and report.manifest.settings.held_out:
         for label in report.without_held_out:
             print(f"warning: no text of {label} is held out, so its validation loss will not be known")

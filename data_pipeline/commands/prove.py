@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -59,6 +60,7 @@ def count(
         with simple_bar(Console(stderr=True), "files counted") as add:
             counted = count_set(out, corpora, workers=workers, on_file=lambda file: add(1))
         failures += _print_counted(counted)
+        _print_not_counted(out, corpora)
     if drawn_by is not None:
         failures += _print_deviations(drawn_by, rows)
     if failures:
@@ -76,6 +78,13 @@ def _print_counted(counted: Counted) -> int:
     for problem in counted.problems:
         print(problem)
     return len(counted.problems)
+
+
+def _print_not_counted(out: Path, corpora: Mapping[str, str]) -> None:
+    left = sorted({file.corpus for file in read_manifest(out).files} - corpora.keys())
+    if left:
+        too = ", ".join(f"--{corpus}" for corpus in left)
+        print(f"not counted: {', '.join(left)}; name {too} too for the whole set")
 
 
 def _print_deviations(config: DataConfig, rows: int) -> int:

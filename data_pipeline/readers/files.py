@@ -65,6 +65,8 @@ def data_files(location: str | Path, *, split_bytes: int) -> Listing:
     with named_errors(location):
         base, files = _remote(location) if is_url(location) else _local(location)
     if not files:
+        if glob.has_magic(location):
+            raise DataError(f"the pattern {location} matches no file that ends in {_KNOWN}; check it, and quote it")
         raise DataError(f"no corpus files below {base}: none ends in {_KNOWN}; check the path")
     _refuse_unreadable(files)
     pieces = [piece for file in files for piece in _pieces(file, split_bytes)]
