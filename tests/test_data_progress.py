@@ -22,7 +22,8 @@ def test_a_build_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     log = io.StringIO()
     with progress.BuildProgress(Console(file=log, width=200)) as watcher:
         report = build_set(tmp_path / "out", tokenizer_file=tokenizer, corpora=raw, watcher=watcher)
-    lines = log.getvalue().splitlines()
+    word_cache, *lines = log.getvalue().splitlines()
+    assert word_cache == "no word cache for this tokenizer, so a slower build: it is a Hugging Face tokenizer"
     assert lines[0].startswith("building 6 files, ") and " are free" in lines[1]
     assert lines[-1].startswith("6/6 files  ") and lines[-1].endswith("1 bad lines  0:00:00 left")
     assert "MB/s)  " in lines[-1] and " tokens (" in lines[-1] and "/s)" in lines[-1]
