@@ -20,7 +20,6 @@ What happens to one file is in `file_build`.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from data_pipeline.manifest import (
     write_manifest,
 )
 from data_pipeline.quarantine import TOLERATED_BAD_LINES, too_many
-from data_pipeline.readers import checked_sets, local_folder, raw_files
+from data_pipeline.readers import checked_sets, corpus_around, raw_files
 from data_pipeline.set_locks import number_of_tasks, one_task, settling, whole_set
 from data_pipeline.set_settings import read_settings, settle, tokenizer_info
 from data_pipeline.shards import DEFAULT_PART_TOKENS
@@ -125,7 +124,7 @@ def build_set(
     if loaded.plain_because:
         watcher.say(f"no word cache for this tokenizer, so a slower build: {'; '.join(loaded.plain_because)}")
     settings = Settings(
-        tokenizer=tokenizer_info(loaded, tokenizer_file),
+        tokenizer=tokenizer_info(loaded, f"tokenizer/{tokenizer_file.name}"),
         held_out=held_out,
         part_tokens=part_tokens,
         split_bytes=split_bytes,
@@ -284,14 +283,13 @@ class _Build:
 
 def _refuse_nested(root: Path, corpora: Corpora) -> None:
     """Refuse a set inside a corpus's folder: its quarantine would be read as raw data by the next build."""
-    out = Path(os.path.realpath(root))
-    for name, location in corpora.items():
-        folder = local_folder(location)
-        if folder and folder.is_dir() and Path(os.path.realpath(folder)) in (out, *out.parents):
-            raise DataError(
-                f"{root} lies in the folder of --{name}, {folder}, so what is written there would be read as raw"
-                " data; build into a folder outside the corpora"
-            )
+    around = corpus_around(root, corpora)
+    if around:
+        name, folder = around
+        raise DataError(
+            f"{root} lies in the folder of --{name}, {folder}, so what is written there would be read as raw"
+            " data; build into a folder outside the corpora"
+        )
 
 
 def _jobs(

@@ -25,6 +25,17 @@ def too_many(bad: int, lines: int, max_bad_share: float) -> bool:
     return bad > max(TOLERATED_BAD_LINES, max_bad_share * lines)
 
 
+def quarantined(bad: BadLine) -> bytes:
+    """A line of a quarantine: a bad line's place, why it is bad, and its bytes in base64, as JSON."""
+    entry = {
+        "file": bad.file,
+        "line": bad.line,
+        "reason": bad.reason,
+        "raw": base64.b64encode(bad.raw).decode(),
+    }
+    return orjson.dumps(entry) + b"\n"
+
+
 class Quarantine:
     """The bad lines of one raw file, as JSON lines in the file `path`; no bad lines, no file."""
 
@@ -37,14 +48,8 @@ class Quarantine:
         self._file = create_beside(path)
 
     def add(self, bad: BadLine) -> None:
-        """Copy a bad line: its place, why it is bad, and its bytes in base64."""
-        entry = {
-            "file": bad.file,
-            "line": bad.line,
-            "reason": bad.reason,
-            "raw": base64.b64encode(bad.raw).decode(),
-        }
-        self._file.write(orjson.dumps(entry) + b"\n")
+        """Copy a bad line."""
+        self._file.write(quarantined(bad))
         self.lines += 1
         self._last = f"line {bad.line} ({bad.reason})"
 

@@ -16,10 +16,10 @@ from data_pipeline.tokenizer import Tokenizer
 _FILE = "settings.json"
 
 
-def tokenizer_info(tokenizer: Tokenizer, file: Path) -> TokenizerInfo:
-    """What a set keeps of its tokenizer, whose file will lie in the set."""
+def tokenizer_info(tokenizer: Tokenizer, file: str) -> TokenizerInfo:
+    """What a set, or a run without one, keeps of its tokenizer; `file` is where its file lies."""
     return TokenizerInfo(
-        file=f"tokenizer/{file.name}",
+        file=file,
         kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size,
         eos_token=tokenizer.eos_token,

@@ -10,10 +10,15 @@ from pathlib import Path
 import tokenizers
 import zstandard
 
+from data_pipeline.readers import reader_for
+
 WORDS = ["<unk>", *(f"w{number}" for number in range(98))]
 """The vocabulary: word w0 is id 1."""
 EOS = len(WORDS)
 """The end of a document, which the tokenizer adds to the vocabulary as a special token."""
+ONE = b'{"text": "one"}\n'
+SPLIT = 1 << 30
+"""Bytes above which a plain file would be read in pieces: more than any in the tests has."""
 
 
 def write_tokenizer(path: Path, words: Sequence[str] = WORDS) -> Path:
@@ -70,3 +75,15 @@ def write_corpora(root: Path, documents: int = 40) -> dict[str, Path]:
     write_raw(root / "pile/train/00.jsonl.zst", lines_of(texts(documents)))
     write_raw(root / "pile/train/01.jsonl.zst", lines_of(texts(documents)))
     return {name: root / name for name in ("redpajama", "dolma", "pile")}
+
+
+def touch(root: Path, *names: str, data: bytes = ONE) -> Path:
+    """Write the same lines to every name below `root`, which is returned."""
+    for name in names:
+        write_raw(root / name, data)
+    return root
+
+
+def labels(corpus: str, location: str | Path) -> dict[str, str]:
+    """The label of each file that a corpus has at a location, by name."""
+    return {file.name: file.source for file in reader_for(corpus).find_files(location, split_bytes=SPLIT)}

@@ -8,24 +8,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from raw_corpora import write_raw
+from raw_corpora import ONE, SPLIT, labels, touch, write_raw
 
 from data_pipeline.document import BadLine, DataError, Document, RawFile
 from data_pipeline.readers import READERS, local_folder, read_documents, reader_for
 from data_pipeline.readers.files import data_files
-
-ONE = b'{"text": "one"}\n'
-SPLIT = 1 << 30
-
-
-def touch(root: Path, *names: str, data: bytes = ONE) -> Path:
-    for name in names:
-        write_raw(root / name, data)
-    return root
-
-
-def labels(corpus: str, location: str | Path) -> dict[str, str]:
-    return {file.name: file.source for file in reader_for(corpus).find_files(location, split_bytes=SPLIT)}
 
 
 def names(location: str | Path) -> list[str]:

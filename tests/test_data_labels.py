@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from raw_corpora import write_raw
+from raw_corpora import ONE, SPLIT, labels, touch
 
 from data_pipeline.document import DataError
-from data_pipeline.readers import READERS, raw_files, reader_for
-
-ONE = b'{"text": "one"}\n'
-SPLIT = 1 << 30
-
-
-def touch(root: Path, *names: str, data: bytes = ONE) -> Path:
-    for name in names:
-        write_raw(root / name, data)
-    return root
-
-
-def labels(corpus: str, location: str | Path) -> dict[str, str]:
-    return {file.name: file.source for file in reader_for(corpus).find_files(location, split_bytes=SPLIT)}
-
+from data_pipeline.readers import READERS, raw_files
 
 # --- sources ---
 

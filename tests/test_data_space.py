@@ -18,7 +18,7 @@ from data_pipeline.tokenizer import load_tokenizer
 
 def test_a_disk_that_is_too_small_and_one_that_is_full_of_duplicates(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
-    info = tokenizer_info(load_tokenizer(tokenizer), tokenizer)
+    info = tokenizer_info(load_tokenizer(tokenizer), f"tokenizer/{tokenizer.name}")
     settings = Settings(tokenizer=info, held_out=0.0, part_tokens=8, dedup=True)
     size = 10 * shutil.disk_usage(tmp_path).free
     job = FileJob(str(tmp_path), "pile", RawFile("a.jsonl", "a.jsonl", "pile", size, "1"), settings, 0.0, "lock")

@@ -27,7 +27,7 @@ import orjson
 
 from data_pipeline.document import BadLine, DataError, Document, Mark, PassedOver, RawFile
 from data_pipeline.readers import dolma, pile, redpajama
-from data_pipeline.readers.files import local_folder, refuse_changed
+from data_pipeline.readers.files import corpus_around, local_folder, refuse_changed
 from data_pipeline.readers.looks import refuse_another_look
 from data_pipeline.readers.opener import read_lines
 from data_pipeline.readers.pile import checked_sets
@@ -39,6 +39,7 @@ __all__ = [
     "READERS",
     "Reader",
     "checked_sets",
+    "corpus_around",
     "local_folder",
     "raw_files",
     "read_documents",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import glob
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,16 @@ def local_folder(location: str | Path) -> Path | None:
     if location.startswith(tables.HUB) or is_url(location):
         return None
     return Path(location if os.path.exists(location) else _folder_before_wildcards(location))
+
+
+def corpus_around(path: str | Path, corpora: Mapping[str, str | Path]) -> tuple[str, Path] | None:
+    """(corpus, folder) of the first of {corpus: location} whose folder on this machine holds `path`, links resolved."""
+    inner = Path(os.path.realpath(path))
+    for corpus, location in corpora.items():
+        folder = local_folder(location)
+        if folder and folder.is_dir() and Path(os.path.realpath(folder)) in (inner, *inner.parents):
+            return corpus, folder
+    return None
 
 
 def refuse_changed(file: RawFile) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import orjson
 
 from data_pipeline.document import BadLine
+from data_pipeline.quarantine import quarantined
 
 
 class BadLines:
@@ -22,20 +22,14 @@ class BadLines:
         self._known: set[int] | None = None
 
     def add(self, bad: BadLine) -> None:
-        """Copy a bad line: its place, why it is bad, and its bytes in base64."""
+        """Copy a bad line that is not there yet."""
         if self._known is None:
             self._known = self._read()
         if bad.line in self._known:
             return
         self._known.add(bad.line)
-        entry = {
-            "file": bad.file,
-            "line": bad.line,
-            "reason": bad.reason,
-            "raw": base64.b64encode(bad.raw).decode(),
-        }
         with open(self.path, "ab") as file:
-            file.write(orjson.dumps(entry) + b"\n")
+            file.write(quarantined(bad))
 
     def _read(self) -> set[int]:
         """Line numbers that are there; an entry that a killed process left unfinished is cut off."""

@@ -15,10 +15,10 @@ from data_pipeline.atomic import write_atomically
 from data_pipeline.document import Document
 from data_pipeline.locks import held
 from data_pipeline.readers import read_documents
+from data_pipeline.row_stream import order_hash
 from data_pipeline.shard_writer import ShardWriter
 from data_pipeline.shards import read_header
 from data_pipeline.spool.documents import CorpusFile, Encoding
-from data_pipeline.spool.plan import hash_json
 from data_pipeline.stream import HeldOut
 
 BATCH_CHARACTERS = 1 << 16
@@ -33,7 +33,7 @@ def held_out_text(
     files: of one source, in the order of their keys. depends_on: what the result depends on beside them, as JSON.
     """
     versions = [[file.key, file.raw.version] for file in files]
-    path = folder / f"{hash_json([versions, depends_on, tokens])}.held_out"
+    path = folder / f"{order_hash([versions, depends_on, tokens])}.held_out"
     none = path.with_suffix(".none")
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / ".lock"):

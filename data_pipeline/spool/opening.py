@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_pipeline.config import DataConfig, RawInputs
+from data_pipeline.config import DataConfig
 from data_pipeline.manifest import TokenizerInfo
+from data_pipeline.set_settings import tokenizer_info
 from data_pipeline.spool.folder import enter
 from data_pipeline.spool.held_out import held_out_text
 from data_pipeline.spool.plan import claim_raw_files, encoding_of, files_order, plan_spool, raw_inputs
 from data_pipeline.spool.rows import SpoolRows
 from data_pipeline.spool.supply import Supply
 from data_pipeline.stream import HeldOut, open_mixture, order_settings
-from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from data_pipeline.tokenizer import load_tokenizer
 
 
 def open_spool(config: DataConfig) -> SpoolRows:
@@ -25,7 +26,7 @@ def open_spool(config: DataConfig) -> SpoolRows:
     order = {**files_order(raw, tokenizer, claimed), **order_settings(config, mixture)}
     reader = enter(Path(config.path), {**order, "identity": plan.identity})
     return SpoolRows(
-        plan, Supply(plan, reader), mixture=mixture, tokenizer=_info(raw, tokenizer), order=order
+        plan, Supply(plan, reader), mixture=mixture, tokenizer=tokenizer_info(tokenizer, raw.tokenizer), order=order
     )
 
 
@@ -53,15 +54,4 @@ def open_spool_held_out(config: DataConfig, *, rows: int) -> dict[str, HeldOut]:
 def read_tokenizer(config: DataConfig) -> tuple[Path, TokenizerInfo]:
     """The tokenizer's file, and what a prepared set would say of it."""
     raw = raw_inputs(config)
-    return Path(raw.tokenizer), _info(raw, load_tokenizer(raw.tokenizer, raw.eos))
-
-
-def _info(raw: RawInputs, tokenizer: Tokenizer) -> TokenizerInfo:
-    return TokenizerInfo(
-        file=raw.tokenizer,
-        kind=tokenizer.kind,
-        vocab_size=tokenizer.vocab_size,
-        eos_token=tokenizer.eos_token,
-        eos_id=tokenizer.eos_id,
-        fingerprint=tokenizer.fingerprint,
-    )
+    return Path(raw.tokenizer), tokenizer_info(load_tokenizer(raw.tokenizer, raw.eos), raw.tokenizer)

@@ -10,20 +10,18 @@ A plan is plain data, so that it can be handed to the processes that build.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from data_pipeline.config import DataConfig, RawInputs
 from data_pipeline.document import DataError
 from data_pipeline.held_out import HeldOutRule
 from data_pipeline.mixture import claim_labels
-from data_pipeline.readers import checked_sets, local_folder, raw_files
+from data_pipeline.readers import checked_sets, corpus_around, raw_files
+from data_pipeline.row_stream import order_hash
 from data_pipeline.shards import token_width
 from data_pipeline.spool.chunks import HEADER_BYTES, state_bytes
 from data_pipeline.spool.documents import CorpusFile, Encoding
@@ -144,7 +142,7 @@ def plan_spool(config: DataConfig, tokenizer: Tokenizer, claimed: Mapping[str, S
     versions = {name: [[file.key, file.raw.version] for file in files] for name, files in claimed.items()}
     return SpoolPlan(
         root=os.path.abspath(config.path),
-        identity=hash_json(
+        identity=order_hash(
             [files_order(raw, tokenizer, claimed), versions, config.seed, config.interleave, chunk_tokens]
         ),
         raw=raw,
@@ -213,28 +211,22 @@ def claim_raw_files(config: DataConfig) -> dict[str, list[CorpusFile]]:
 
 def _refuse_nested(root: str, raw: RawInputs) -> None:
     """Refuse a spool inside a corpus's folder: its quarantine would be read as raw data by the next run."""
-    spool = Path(os.path.realpath(root))
-    for name, location in raw.corpora.items():
-        folder = local_folder(location)
-        if folder and folder.is_dir() and Path(os.path.realpath(folder)) in (spool, *spool.parents):
-            raise DataError(
-                f"data.path {root} lies in the folder of data.raw.{name}, {folder}, so what is written there would be"
-                " read as raw data; name a folder outside the corpora"
-            )
+    around = corpus_around(root, raw.corpora)
+    if around:
+        name, folder = around
+        raise DataError(
+            f"data.path {root} lies in the folder of data.raw.{name}, {folder}, so what is written there would be"
+            " read as raw data; name a folder outside the corpora"
+        )
 
 
 def files_order(raw: RawInputs, tokenizer: Tokenizer, claimed: Mapping[str, Sequence[CorpusFile]]) -> dict[str, Any]:
     """What the tokens depend on, by name, as JSON values. A file's age is not among it: copies are as good."""
     files = [[file.key, file.raw.size, file.raw.span] for own in claimed.values() for file in own]
     return {
-        "raw": hash_json(files),
+        "raw": order_hash(files),
         "tokenizer": tokenizer.fingerprint,
         "held_out": raw.held_out,
         "part_tokens": raw.part_tokens,
         "pile_exclude": list(checked_sets(raw.pile_exclude)),
     }
-
-
-def hash_json(value: Any) -> str:
-    """32 hexadecimal digits of a JSON value."""
-    return hashlib.blake2b(orjson.dumps(value, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()

@@ -18,7 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from data_pipeline.document import DataError
 from data_pipeline.manifest import TokenizerInfo
 from data_pipeline.order import window_permutation
-from data_pipeline.spool.plan import Known, SpoolPlan, hash_json
+from data_pipeline.row_stream import order_hash
+from data_pipeline.spool.plan import Known, SpoolPlan
 from data_pipeline.spool.supply import Supply
 from data_pipeline.stages import StagedMixture
 
@@ -39,7 +40,7 @@ class SpoolRows:
         self.mixture = mixture
         self.tokenizer = tokenizer
         self.order = dict(order)
-        self.fingerprint = hash_json(self.order)
+        self.fingerprint = order_hash(self.order)
         self.source_names: list[str] = mixture.names
         self._plan, self._supply = plan, supply
         self._permutation = lru_cache(maxsize=2 * len(mixture.names))(self._permute)
