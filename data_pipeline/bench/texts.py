@@ -17,7 +17,7 @@ from data_pipeline.document import DataError
 SUFFIXES = {".py", ".pyi", ".pyx", ".pxd", ".md", ".rst", ".txt", ".tex", ".html", ".css", ".js", ".sh", ".cmake"}
 SUFFIXES |= {".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".f", ".f90", ".toml", ".cfg", ".ini", ".yaml", ".yml"}
 """No tables of data (.json, .csv, .xml): these repeat a few words without end."""
-CORPUS_FILES = 16
+CORPUS_FILES = 64
 
 
 @dataclass(frozen=True, slots=True)

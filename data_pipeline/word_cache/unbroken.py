@@ -1,8 +1,9 @@
 """Encoding a text without any border, however long, in bounded memory: overlapping spans with proven seams.
 
 SentencePiece needs about 40 bytes for every character of one call, so a 16-million-letter text would take 600 MB.
-Instead spans of 64 KiB are encoded, and each next span begins where, some way before the end of the last, a token
-ended. The ids of the two are joined there if the new span begins with the token that the last one had there.
+Instead spans of 16 KiB are encoded, which stay in the processor's own caches, and each next span begins where, some
+way before the end of the last, a token ended. The ids of the two are joined there if the new span begins with the
+token that the last one had there.
 
 Why that is exact. Let BPE of a symbol sequence end in tokens T1 ... Tn. No merge crossed a token's end, so BPE of
 any run of these tokens' symbols alone ends in the same tokens; in particular every two neighbours are stable: BPE
@@ -19,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-SPAN_BYTES = 1 << 16
+SPAN_BYTES = 1 << 14
 MARGIN_BYTES = 1 << 10
 """At least so far before its end a span is trusted; twice the longest piece if that is more, since a user-defined
 piece cut in two at the end of a span is not found."""
