@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from data_pipeline.bench.encode import bench_encode
 from data_pipeline.bench.fresh import Seconds, in_fresh_process, peak_megabytes
 from data_pipeline.bench.loader import bench_loader
-from data_pipeline.bench.texts import Texts, distinct_texts, python_folders, write_corpus
+from data_pipeline.bench.texts import CORPUS_FILES, Texts, distinct_texts, python_folders, write_corpus
 from data_pipeline.commands import app
 from data_pipeline.config import DataConfig
 from data_pipeline.document import DataError, Document
@@ -70,7 +70,7 @@ def test_places_without_text_are_refused(tmp_path):
 
 
 def test_corpus_holds_each_document_as_often_as_asked_for(tmp_path):
-    texts = [SENTENCE.format(number) * (number + 1) for number in range(40)]
+    texts = [SENTENCE.format(number) * (number % 40 + 1) for number in range(4 * CORPUS_FILES)]
     write_corpus(texts, tmp_path / "raw" / "bench", repeat=2)
     read = []
     files = raw_files({"dolma": str(tmp_path / "raw")}, split_bytes=1 << 30)
@@ -78,7 +78,7 @@ def test_corpus_holds_each_document_as_often_as_asked_for(tmp_path):
         for item in read_documents(file, corpus):
             assert isinstance(item, Document)
             read.append(item.text)
-    assert len(files) == 32 and sorted(read) == sorted(texts * 2)
+    assert len(files) == 2 * CORPUS_FILES and sorted(read) == sorted(texts * 2)
     sizes = [len(gzip.decompress(Path(file.path).read_bytes())) for _, file in files]
     assert max(sizes) - min(sizes) < 2_500  # none is more than the longest document ahead
 
