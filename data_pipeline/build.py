@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.dedup import deduplicate
-from data_pipeline.document import DataError, RawFile
+from data_pipeline.document import DataError, RawFile, counted
 from data_pipeline.file_build import Advance, build_file
 from data_pipeline.file_job import FileJob, read_done
 from data_pipeline.held_out import HeldOutRule
@@ -249,9 +249,9 @@ class _Build:
         if self._vanished:
             tokens = sum(file.train.tokens + file.held_out.tokens for file in self._vanished)
             self._watcher.say(
-                f"warning: {len(self._vanished):,} files with {tokens:,} tokens that the set held are not among the raw"
-                f" files any more and leave it, such as {self._vanished[0].key}; restore them and build again to keep"
-                " them"
+                f"warning: gone from the raw files, and so from the set: {counted(len(self._vanished), 'file')} with"
+                f" {counted(tokens, 'token')}, such as {self._vanished[0].key}; restore what is gone and build again"
+                " to keep it"
             )
         listed = {record.corpus for record in (*self._records.values(), *self._others)}
         for corpus in sorted({path.name for path in (self._root / "records").iterdir()} - listed):
@@ -261,7 +261,7 @@ class _Build:
 
     def _deduplicate(self) -> None:
         documents = sum(file.documents for file in self._records.values())
-        self._watcher.say(f"looking for equal texts among {documents:,} documents")
+        self._watcher.say(f"looking for equal texts among {counted(documents, 'document')}")
         watcher = self._watcher
         for job, record in deduplicate(
             self._root, self._jobs, workers=self._workers, on_step=watcher.step, on_rebuild=watcher.advance

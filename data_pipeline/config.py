@@ -5,6 +5,7 @@ It is all checked here, before anything is opened; how weights are written is sa
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from data_pipeline.weights import (
     LARGEST_WEIGHT,
     PRESETS,
     FlatMixture,
+    as_written,
     flatten_mixture,
     leaves,
     nearest,
@@ -37,7 +39,9 @@ from data_pipeline.weights import (
 
 def _sound_mixture(value: Any) -> Any:
     if not isinstance(value, (str, dict)):
-        raise DataError(f"mixture is {value!r}; name a preset ({', '.join(PRESETS)}) or give weights by source")
+        raise DataError(
+            f"mixture is {as_written(value)}; name a preset ({', '.join(PRESETS)}) or give weights by source"
+        )
     slot_quotas(flatten_mixture(value).weights)  # so that a weight too small for a slot is refused here
     return value
 
@@ -141,7 +145,9 @@ def _sound_limits(value: Any) -> Any:
 def _limit(key: str, value: Any) -> float:
     place = f"max_epochs of {key!r}" if key else "max_epochs"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < LARGEST_WEIGHT:
-        raise DataError(f"{place} is {value!r}; give a positive number of passes over the source (data.max_epochs)")
+        raise DataError(
+            f"{place} is {as_written(value)}; give a positive number of passes over the source (data.max_epochs)"
+        )
     return value
 
 
@@ -224,8 +230,8 @@ class DataConfig(BaseModel):
         for number, stage in enumerate(stages, start=1):
             if (stage.tokens is None) != (number == len(stages)):
                 raise DataError(
-                    f"stage {number} of {len(stages)} has tokens: {stage.tokens}; every stage but the last needs"
-                    " its tokens, and the last one (null) lasts to the end of the run (data.stages)"
+                    f"stage {number} of {len(stages)} has tokens: {as_written(stage.tokens)}; every stage but"
+                    " the last needs its tokens, and the last one (null) lasts to the end of the run (data.stages)"
                 )
             if stage.tokens is not None and stage.tokens % self.seq_len:
                 below = stage.tokens // self.seq_len * self.seq_len
@@ -255,6 +261,13 @@ class DataConfig(BaseModel):
         said = [stage.mixture.notice for stage in self.flat_stages]
         places = [f"stage {n}: " if len(said) > 1 else "" for n in range(1, len(said) + 1)]
         return [place + notice for place, notice in zip(places, said) if notice]
+
+    @property
+    def drawn_by(self) -> dict[str, Any]:
+        """What the recipe says of which source comes when, by key, as JSON values."""
+        keys = ("mixture", "stages", "max_epochs", "on_max_epochs")
+        dumped = json.loads(as_written(self.model_dump(include=set(keys))))
+        return {f"data.{key}": dumped[key] for key in keys}
 
     def epoch_limit(self, source: str) -> Fraction | None:
         """Passes that `source` may make, exactly as written; None is without limit."""

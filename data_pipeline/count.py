@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.document import BadLine, DataError, PassedOver, RawFile
+from data_pipeline.document import BadLine, DataError, PassedOver, RawFile, counted
 from data_pipeline.file_job import read_dropped
 from data_pipeline.manifest import SPLITS, FileRecord, Settings, TokenizerInfo, read_manifest, shard_path
 from data_pipeline.readers import raw_files, read_documents
@@ -42,9 +42,11 @@ class Tally:
         return Tally(*map(sum, zip(astuple(self), astuple(other))))
 
     def __str__(self) -> str:
-        text = f"{self.documents:,} documents, {self.tokens:,} tokens, {self.bad_lines:,} bad lines"
-        further = {"excluded": self.excluded, "duplicates": self.duplicates}
-        return text + "".join(f", {number:,} {name}" for name, number in further.items() if number)
+        parts = [counted(self.documents, "document"), counted(self.tokens, "token")]
+        parts += [counted(self.bad_lines, "bad line")]
+        parts += [f"{self.excluded:,} excluded"] if self.excluded else []
+        parts += [counted(self.duplicates, "duplicate")] if self.duplicates else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from rich.tree import Tree
 
 from data_pipeline.census import census
 from data_pipeline.config import DataConfig
+from data_pipeline.document import counted
 from data_pipeline.manifest import read_manifest
 from data_pipeline.stream import claim_files, open_mixture, open_stream, source_tokens
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
@@ -74,16 +75,20 @@ def _sizes(sources: Sequence[Mapping[str, Any]]) -> str:
     total: Counter[str] = Counter()
     for one in sources:
         total.update({key: value for key, value in one.items() if isinstance(value, int)})
+    documents, tokens = total["held_out_documents"], total["held_out_tokens"]
     parts = [
-        f"{total['files']:,} files",
-        f"{amount(total['documents'] - total['held_out_documents'])} documents",
-        f"{amount(total['tokens'] - total['held_out_tokens'])} tokens",
+        counted(total["files"], "file"),
+        f"to train on {_texts(total['documents'] - documents, total['tokens'] - tokens)}",
+        f"held out {_texts(documents, tokens)}",
         f"{total['text_bytes'] / max(total['tokens'], 1):.2f} bytes a token",
-        f"{amount(total['held_out_tokens'])} tokens held out",
     ]
-    left_out = {"bad_lines": "bad lines", "excluded": "documents excluded", "duplicates": "duplicates dropped"}
-    parts += [f"[yellow]{total[key]:,} {said}[/]" for key, said in left_out.items() if total[key]]
+    left_out = {"bad_lines": ("bad line", ""), "excluded": ("document", " excluded"), "duplicates": ("duplicate", "")}
+    parts += [f"[yellow]{counted(total[key], noun)}{how}[/]" for key, (noun, how) in left_out.items() if total[key]]
     return " · ".join(parts)
+
+
+def _texts(documents: int, tokens: int) -> str:
+    return f"{counted(documents, 'document', amount)}, {counted(tokens, 'token', amount)}"
 
 
 def mixture_facts(config: DataConfig, *, token_budget: int | None = None) -> dict[str, Any]:
@@ -117,6 +122,7 @@ def mixture_facts(config: DataConfig, *, token_budget: int | None = None) -> dic
             {
                 "first_row": stage.start,
                 "stop_row": stage.stop,
+                "ended": list(stage.ended),
                 "sources": {
                     name: {"weight": float(weight), "slots": quota, "rounded": weight * SLOTS != quota}
                     for (name, weight), quota in zip(stage.mixture.weights.items(), stage.mixture.quotas.values())
@@ -160,17 +166,21 @@ def describe_mixture(facts: Mapping[str, Any]) -> Tree:
 
 def _stage_line(number: int, stage: Mapping[str, Any], seq_len: int) -> str:
     first, stop = stage["first_row"], stage["stop_row"]
+    after = f", after {escape(', '.join(stage['ended']))} ended" if stage["ended"] else ""
     if stop is None:
-        return f"stage {number}  from row {first:,} on"
-    return f"stage {number}  rows {first:,} to {stop - 1:,}, {amount((stop - first) * seq_len)} tokens"
+        return f"stage {number}  from row {first:,} on{after}"
+    return f"stage {number}  rows {first:,} to {stop - 1:,}, {amount((stop - first) * seq_len)} tokens{after}"
 
 
 def _epochs(facts: Mapping[str, Any], name: str) -> str:
-    source, budget = facts["sources"][name], facts["token_budget"]
-    line = f"{amount(source['tokens'])} tokens"
+    source, run = facts["sources"][name], facts["token_budget"]
+    line = counted(source["tokens"], "token", amount)
     if source.get("epochs") is not None:
-        line += f", {source['epochs']:.2f} epochs in a run of {amount(budget)} tokens"
-    return line + ("" if source["max_epochs"] is None else f", at most {source['max_epochs']:g} epochs")
+        if facts["rows_total"] is not None:  # the stream may end before the budget is spent
+            run = min(run, facts["rows_total"] * facts["seq_len"])
+        line += f", {source['epochs']:.2f} epochs in a run of {amount(run)} tokens"
+    limit = source["max_epochs"]
+    return line + ("" if limit is None else f", at most {counted(limit, 'epoch', '{:g}'.format)}")
 
 
 def show_rows(config: DataConfig, first: int, count: int) -> Iterator[Text]:

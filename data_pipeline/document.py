@@ -6,6 +6,7 @@
     PassedOver  one line that is left out on purpose: the user excluded its set, or it belongs to another `RawFile`
     Mark        how far a file has been read
     DataError   everything a user can put right: the message says value, rule, place and next step
+    counted     so many of them, in words
 
 Every non-blank line of a raw file becomes exactly one `Document`, `BadLine` or `PassedOver`, so
 documents + bad lines + passed over = non-blank lines, and nothing is lost in silence.
@@ -13,6 +14,7 @@ documents + bad lines + passed over = non-blank lines, and nothing is lost in si
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -21,6 +23,11 @@ GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 class DataError(ValueError):
     """Input that cannot be used. The command line prints it as one message, without a traceback."""
+
+
+def counted(number: float, noun: str, write: Callable[[float], str] = "{:,}".format) -> str:
+    """`1 file`, `1,200 files`: a number, as `write` writes it, with its noun."""
+    return f"{write(number)} {noun}" + "s" * (number != 1)
 
 
 @dataclass(frozen=True, slots=True)

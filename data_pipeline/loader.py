@@ -26,6 +26,7 @@ import numpy as np
 
 from data_pipeline.document import DataError
 from data_pipeline.row_source import Rows
+from data_pipeline.weights import as_written
 
 FETCHED_ROWS = 256
 """Rows that are fetched together, where as many or more are not one step: handing over costs as much as 50 rows.
@@ -143,6 +144,7 @@ class Loader:
             "position": self._stream.position(self._row),
             "fingerprint": self._stream.fingerprint,
             "order": dict(self._stream.order),
+            "drawn_by": dict(self._stream.drawn_by),
         }
 
     def close(self) -> None:
@@ -221,30 +223,47 @@ class _Lease:
 def check_position(state: Mapping[str, Any], stream: Rows) -> tuple[int, int]:
     """(step, rows) of a saved state; DataError unless it is of the same order of rows."""
     try:
-        step, rows, fingerprint, order = (
+        step, rows, fingerprint, order, drawn_by = (
             int(state["step"]),
             int(state["rows"]),
             state["fingerprint"],
             dict(state["order"]),
+            dict(state.get("drawn_by", stream.drawn_by)),  # older checkpoints do not say it
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"the saved data position is none that Loader.state() made ({error!r}); resume from another checkpoint"
         ) from None
     if fingerprint != stream.fingerprint:
-        changed = [
-            f"{name} was {_short(order.get(name))} and is {_short(stream.order.get(name))}"
-            for name in sorted({*order, *stream.order})
-            if order.get(name) != stream.order.get(name)
-        ]
+        changed, asked = _changes(order, stream.order), _changes(drawn_by, stream.drawn_by)
+        if asked and changed.keys() & _MADE_OF_RECIPE.keys():  # the recipe's words tell more than what was made of them
+            changed = asked | {name: said for name, said in changed.items() if name not in _MADE_OF_RECIPE}
         raise DataError(
             "the checkpoint was trained on another order of rows:"
-            f" {'; '.join(changed) or 'its fingerprint differs'}. Resume with the data and settings it was"
+            f" {'; '.join(changed.values()) or 'its fingerprint differs'}. Resume with the data and settings it was"
             " trained on, or start a new run in another folder (--run-dir)"
         )
     return step, rows
 
 
+_MADE_OF_RECIPE = {
+    "mixture": "data.mixture, in slots,",
+    "stages": "data.stages, as first rows and slots,",
+    "limits": "data.max_epochs, in rows,",
+    "rows_total": "the end of the stream by data.max_epochs and data.on_max_epochs, in rows,",
+}
+"""Names in `Rows.order` that no recipe has, in the words of one."""
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs, by name, in words."""
+    return {
+        name: f"{_MADE_OF_RECIPE.get(name, name)} was {_short(before.get(name))} and is {_short(now.get(name))}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    }
+
+
 def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    text = as_written(value)
+    return text if len(text) <= 240 else text[:237] + "..."

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from data_pipeline.build import Watcher
 from data_pipeline.describe import amount
+from data_pipeline.document import counted
 from data_pipeline.file_build import Advance
 from data_pipeline.file_job import FileJob
 from data_pipeline.manifest import FileRecord
@@ -63,8 +64,8 @@ class BuildProgress(Watcher):
         self._files = len(jobs)
         self._total = sum(job.size for job in jobs)
         self._bar.update(self._task, total=self._total)
-        kept_too = f"; {kept:,} files are already built" if kept else ""
-        self._console.print(f"building {len(jobs):,} files, {amount(self._total)}B{kept_too}", highlight=False)
+        kept_too = f"; {kept:,} already built" if kept else ""
+        self._console.print(f"building {counted(len(jobs), 'file')}, {amount(self._total)}B{kept_too}", highlight=False)
 
     def advance(self, job: FileJob, done: Advance) -> None:
         """See `Watcher`."""

@@ -25,6 +25,8 @@ class Rows(Protocol):
     """Equal exactly when `order` is."""
     order: dict[str, Any]
     """Everything the order of rows depends on, by name, as JSON values."""
+    drawn_by: dict[str, Any]
+    """The keys of the recipe that the mixture in `order` was made of, as the recipe has them."""
 
     @property
     def rows_total(self) -> int | None:

@@ -78,6 +78,7 @@ class RowStream:
         pool: ShardPool,
         tokenizer: TokenizerInfo,
         order: Mapping[str, Any],
+        drawn_by: Mapping[str, Any],
     ) -> None:
         self.seq_len = seq_len
         self.mixture = mixture
@@ -87,6 +88,8 @@ class RowStream:
         """Everything the order of rows depends on, by name, as JSON values."""
         self.fingerprint = order_hash(self.order)
         """32 hexadecimal digits, equal exactly when `order` is."""
+        self.drawn_by = dict(drawn_by)
+        """The recipe's keys that `mixture` was made of."""
         self.source_names: list[str] = mixture.names
         """Mixture keys; `sources` gives indices into them."""
         self.source_tokens: list[int] = [source.stream.tokens for source in sources]

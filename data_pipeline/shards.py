@@ -155,7 +155,10 @@ def read_header(path: Path | str) -> ShardHeader:
         width, tokens, documents, parts, text_bytes, vocab_size, eos_id, part_tokens, fingerprint.hex(), *sums
     )
     if raw != header.encode():
-        raise DataError(f"shard {path} has a damaged header (its checksum does not match); build it again")
+        raise DataError(
+            f"shard {path} has a damaged header (its checksum does not match); run"
+            " `moepp-data build` again, which makes it anew, or copy it again"
+        )
     if width != token_width(vocab_size):
         raise DataError(
             f"shard {path} has tokens of {width} bytes, but a vocabulary of {vocab_size:,} ids takes "
@@ -211,7 +214,8 @@ class Shard:
         self._verify_documents()
         if not np.array_equal(self.cuts, _cuts_of(self.ends, header.part_tokens)):
             raise DataError(
-                f"shard {self.path}: the part cuts are not those of its documents; build it again"
+                f"shard {self.path}: the part cuts are not those of its documents; delete it and run"
+                " `moepp-data build` again"
             )
 
     def _verify_documents(self) -> None:
@@ -220,19 +224,19 @@ class Shard:
             if int(chunk.max()) >= header.vocab_size:
                 raise DataError(
                     f"shard {self.path}: token id {chunk.max()} is outside the vocabulary of"
-                    f" {header.vocab_size:,}; build it again"
+                    f" {header.vocab_size:,}; delete it and run `moepp-data build` again"
                 )
             ends = np.flatnonzero(chunk == header.eos_id) + start + 1
             if not np.array_equal(ends, self.ends[found : found + len(ends)]):
                 raise DataError(
                     f"shard {self.path}: end-of-document ids and document ends disagree near token {start:,};"
-                    " build it again"
+                    " delete it and run `moepp-data build` again"
                 )
             found += len(ends)
         if found != header.documents or (header.tokens and int(self.ends[-1]) != header.tokens):
             raise DataError(
                 f"shard {self.path}: {found:,} end-of-document ids for {header.documents:,} documents, or"
-                " tokens after the last of them; build it again"
+                " tokens after the last of them; delete it and run `moepp-data build` again"
             )
 
 

@@ -28,6 +28,8 @@ class Stage:
     """First row."""
     stop: int | None
     """Row after its last; None is without end."""
+    ended: tuple[str, ...] = ()
+    """Sources that the recipe gives weight here and that have given all of their epochs before."""
 
 
 class StagedMixture:
@@ -137,7 +139,8 @@ def plan_stages(
             if reached is None:
                 end = stop
             if end != start:
-                planned.append(Stage(mixture, start, end))
+                ended = tuple(sorted(stage.mixture.weights.keys() - set(present)))
+                planned.append(Stage(mixture, start, end, ended))
             if reached is not None and at_limit == "stop":
                 return planned_so_far(ended_by=reached)
             if end is None:

@@ -77,6 +77,7 @@ def open_stream(config: DataConfig) -> RowStream:
             "tokenizer": manifest.settings.tokenizer.fingerprint,
             **order_settings(config, mixture),
         },
+        drawn_by=config.drawn_by,
     )
 
 

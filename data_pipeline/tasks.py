@@ -58,8 +58,8 @@ def _slurm_task(environment: Mapping[str, str]) -> Task:
     step, rest = divmod(last - first, count - 1) if count > 1 else (1, last - first)
     if rest or step < 1 or (place - first) % step or not first <= place <= last:
         raise DataError(
-            f"task {place} of the SLURM job array of {count} from {first} to {last} has no regular place in it; submit"
-            " a regular one (--array=0-15), or give --task i/n"
+            f"--task slurm in a job array that is not regular ({', '.join(map('='.join, zip(names, values)))}), where"
+            f" the task has no place; submit with --array=1-{count}, or give --task i/n"
         )
     return Task((place - first) // step + 1, count)
 

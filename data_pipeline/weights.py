@@ -13,6 +13,7 @@ same everywhere.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """` (nearest: x)` for an error message, or an empty string when nothing in `known` resembles `name`."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" (nearest: {close[0]!r})" if close else ""
+
+
+def as_written(value: object) -> str:
+    """A recipe's value as a recipe writes it: null, true and nested values in YAML's short form, which is JSON."""
+    return json.dumps(value, default=repr, ensure_ascii=False)
 
 
 def flatten_mixture(mixture: str | Mapping[str, Any]) -> FlatMixture:
@@ -132,7 +138,7 @@ def leaves(node: Mapping[str, Any], above: tuple[str, ...], what: str) -> Iterat
 def _weight(key: str, value: object) -> Fraction:
     number = isinstance(value, (int, Fraction)) or isinstance(value, float) and math.isfinite(value)
     if isinstance(value, bool) or not number:
-        raise DataError(f"mixture weight of {key!r} is {value!r}, which is no finite number (data.mixture)")
+        raise DataError(f"mixture weight of {key!r} is {as_written(value)}, which is no finite number (data.mixture)")
     assert isinstance(value, (int, float, Fraction))
     if value > LARGEST_WEIGHT:
         raise DataError(f"mixture weight of {key!r} is over {LARGEST_WEIGHT:g}; use shares (data.mixture)")

@@ -140,7 +140,11 @@ def test_corpora_can_be_added_and_files_removed(
     assert len(build(out, tokenizer, {"dolma": raw["dolma"]}).manifest.files) == 4
     listener = Listener()
     manifest = build(out, tokenizer, {"pile": raw["pile"]}, watcher=listener).manifest
-    assert any("leave it, such as pile/train/00.jsonl.zst; restore them" in said for said in listener.said)
+    assert any(
+        "gone from the raw files, and so from the set: 1 file with" in said
+        and "tokens, such as pile/train/00.jsonl.zst; restore what is gone" in said
+        for said in listener.said
+    )
     assert [file.key for file in manifest.files] == [
         "dolma/wiki/wiki-0.json.gz",
         "dolma/wiki/wiki-1.json.gz",

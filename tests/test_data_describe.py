@@ -56,8 +56,8 @@ def test_amounts() -> None:
 def test_a_set_as_a_tree(tmp_path: Path) -> None:
     lines = printed(describe_set(set_facts(write_set(tmp_path / "set", TRAIN, {"pile": {"p0": [[5]]}})))).splitlines()
     assert (
-        f"{tmp_path}/set  4 files · 5 documents · 200 tokens · 0.21 bytes a token · 2 tokens held out"
-        == lines[0]
+        f"{tmp_path}/set  4 files · to train on 5 documents, 200 tokens · held out 1 document, 2 tokens"
+        " · 0.21 bytes a token" == lines[0]
     )
     assert [line.strip("├└─│ ").split("  ")[0] for line in lines[3:]] == [
         "sources",
@@ -66,8 +66,9 @@ def test_a_set_as_a_tree(tmp_path: Path) -> None:
         "wiki",
         "pile",
     ]
-    assert "dolma  3 files · 4 documents · 100 tokens" in lines[4]
-    assert "wiki  2 files · 3 documents · 40 tokens" in lines[6]
+    assert "dolma  3 files · to train on 4 documents, 100 tokens · held out 0 documents, 0 tokens" in lines[4]
+    assert "books  1 file · to train on 1 document, 60 tokens" in lines[5]
+    assert "wiki  2 files · to train on 3 documents, 40 tokens" in lines[6]
 
 
 def test_a_mixture_with_shares_and_epochs(tmp_path: Path) -> None:
@@ -93,8 +94,8 @@ def test_stages_limits_and_the_end_of_the_stream(tmp_path: Path) -> None:
         "stage 1  rows 0 to 99, 100 tokens",
         "dolma  50.0000% = 5,000 of 10,000 slots\n",
         "stage 2  rows 100 to 249, 150 tokens",
-        "dolma  100 tokens, 2.00 epochs in a run of 10.0K tokens, at most 2 epochs",
-        "pile  100 tokens, 0.50 epochs in a run of 10.0K tokens\n",
+        "dolma  100 tokens, 2.00 epochs in a run of 250 tokens, at most 2 epochs",
+        "pile  100 tokens, 0.50 epochs in a run of 250 tokens\n",
         "the stream ends after 250 rows = 250 tokens: dolma has given all of its epochs",
     ):
         assert expected in text
@@ -108,7 +109,10 @@ def test_stages_limits_and_the_end_of_the_stream(tmp_path: Path) -> None:
         "dolma": {"tokens": 100, "max_epochs": 1.0, "tokens_drawn": 100, "epochs": 1.0},
         "pile": {"tokens": 100, "max_epochs": 1.0, "tokens_drawn": 50, "epochs": 0.5},
     }
-    assert "rows 133 to 199, 67 tokens" in printed(describe_mixture(reweighted))
+    text = printed(describe_mixture(reweighted))
+    assert "stage 1  rows 0 to 132, 133 tokens\n" in text
+    assert "stage 2  rows 133 to 199, 67 tokens, after dolma ended\n" in text
+    assert "dolma  100 tokens, 1.00 epochs in a run of 150 tokens, at most 1 epoch\n" in text
 
 
 def test_rounded_weights_are_said(tmp_path: Path) -> None:

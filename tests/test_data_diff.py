@@ -109,7 +109,7 @@ def test_the_command(tmp_path: Path, one: Path) -> None:
     done = subprocess.run(moepp_data("diff", one, one), capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()) == (
         0,
-        ["4 files are the same, 0 changed, 0 only in A, 0 only in B; tokens to train on: 16 in A, 16 in B"],
+        ["4 files the same, 0 changed, 0 only in A, 0 only in B; tokens to train on: 16 in A, 16 in B"],
     )
     done = subprocess.run(moepp_data("diff", one, two), capture_output=True, text=True)
     assert done.returncode == 1 and not done.stderr
@@ -117,5 +117,5 @@ def test_the_command(tmp_path: Path, one: Path) -> None:
         "changed: made/a: held_out: 1 documents of 2 tokens in A, 0 of 0 in B",
         "only in A: made/c",
         "only in A: made/d",
-        "1 files are the same, 1 changed, 2 only in A, 0 only in B; tokens to train on: 16 in A, 13 in B",
+        "1 file the same, 1 changed, 2 only in A, 0 only in B; tokens to train on: 16 in A, 13 in B",
     ]

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 import torch
 from shard_sets import counting_documents, write_set
 from small_set import HELD_OUT, SEQ_LEN, TRAIN, config
 
 from data_pipeline.document import DataError
-from data_pipeline.loader import Batch, Loader
+from data_pipeline.loader import Batch, Loader, check_position
 from data_pipeline.stream import RowStream, open_stream
 
 
@@ -32,6 +33,7 @@ class IndexRows:
     seq_len = 2
     fingerprint = "index"
     order: dict[str, Any] = {}
+    drawn_by: dict[str, Any] = {}
 
     def __init__(self, rows_total: int | None = None, rows_ahead: int | None = None) -> None:
         self.rows_total, self.rows_ahead = rows_total, rows_ahead
@@ -290,10 +292,39 @@ def test_close_ends_thread_and_iteration(made: Path) -> None:
     assert list(loader) == []
 
 
-def test_another_limit_is_another_order_of_rows(made: Path) -> None:
+STAGES = [{"mixture": {"dolma": 1, "pile": 1}, "tokens": 60}, {"mixture": {"pile": 1}}]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"max_epochs": 2}, {"max_epochs": 3}, "data.max_epochs was 2.0 and is 3.0."),
+        ({}, {"max_epochs": {"pile": 3}}, 'data.max_epochs was null and is {"pile": 3.0}.'),
+        (
+            {"max_epochs": 2},
+            {"max_epochs": 2, "on_max_epochs": "reweight", "seed": 6},
+            'data.on_max_epochs was "stop" and is "reweight"; seed was 5 and is 6.',
+        ),
+        (
+            {"mixture": {"dolma": 7, "pile": 3}},
+            {"mixture": None, "stages": STAGES},
+            'data.mixture was {"dolma": 7, "pile": 3} and is null; data.stages was null and is [{"mixture": {"dolma":'
+            ' 1, "pile": 1}, "tokens": 60}, {"mixture": {"pile": 1}, "tokens": null}].',
+        ),
+    ],
+)
+def test_other_stages_and_limits_are_refused_in_the_words_of_the_recipe(
+    made: Path, before: dict[str, Any], now: dict[str, Any], said: str
+) -> None:
+    with Loader(open_stream(config(made, **before)), rank=0, world=1, batch_rows=4, micro_batch_size=4) as loader:
+        state = orjson.loads(orjson.dumps(loader.state()))
+    with pytest.raises(DataError, match=re.escape(f"another order of rows: {said} Resume with")):
+        check_position(state, open_stream(config(made, **now)))
+
+
+def test_a_checkpoint_that_does_not_say_its_recipe_tells_limits_in_rows(made: Path) -> None:
     one, other = (open_stream(config(made, max_epochs=epochs)) for epochs in (2, 3))
-    with Loader(one, rank=0, world=1, batch_rows=4, micro_batch_size=4) as loader:
-        next(loader)
-        state = loader.state()
-    with pytest.raises(DataError, match="limits was {'dolma': 28, 'pile': 6} and is {'dolma': 43, 'pile': 9}"):
-        Loader(other, rank=0, world=1, batch_rows=4, micro_batch_size=4, state=state)
+    state = {"step": 1, "rows": 4, "fingerprint": one.fingerprint, "order": one.order}
+    said = 'data.max_epochs, in rows, was {"dolma": 28, "pile": 6} and is {"dolma": 43, "pile": 9}; the end of the'
+    with pytest.raises(DataError, match=re.escape(said)):
+        check_position(state, other)

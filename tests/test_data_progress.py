@@ -29,5 +29,5 @@ def test_a_build_in_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "MB/s)  " in lines[-1] and " tokens (" in lines[-1] and "/s)" in lines[-1]
     with progress.BuildProgress(Console(file=log, width=200)) as watcher:
         build_set(tmp_path / "out", tokenizer_file=tokenizer, corpora=raw, watcher=watcher)
-    assert log.getvalue().splitlines()[-1] == "building 0 files, 0B; 6 files are already built"
+    assert log.getvalue().splitlines()[-1] == "building 0 files, 0B; 6 already built"
     assert report.built == 6

@@ -73,6 +73,7 @@ def test_a_limit_reweights_from_exactly_that_row_on(sampling: str) -> None:
     given = stages(({"a": 1, "b": 3, "c": 2, "d": 2}, None))
     staged = plan_stages(given, sampling=sampling, seed=1, limits=limits, at_limit="reweight")
     assert [list(stage.mixture.quotas) for stage in staged.stages] == [list("abcd"), list("acd"), list("ad")]
+    assert [stage.ended for stage in staged.stages] == [(), ("b",), ("b", "c")]
     assert list(staged.stages[1].mixture.quotas.values()) == [2000, 4000, 4000]  # 1 : 2 : 2, as before
     assert list(staged.stages[2].mixture.quotas.values()) == [3333, 6667]
     source, row = staged.locate(np.arange(40_000))

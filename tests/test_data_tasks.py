@@ -75,8 +75,14 @@ def test_places_in_a_slurm_array() -> None:
     assert [parse_task("slurm", array(place, 2, 12, 3)).number for place in (2, 7, 12)] == [1, 2, 3]
     assert parse_task("slurm", array(5, 5, 5, 1)) == Task(1, 1)
     for irregular in (array(2, 1, 4, 3), array(2, 1, 7, 4), array(9, 1, 8, 8), array(1, 1, 8, 1)):
-        with pytest.raises(DataError, match="has no regular place in it; submit a regular one"):
+        with pytest.raises(DataError, match="in a job array that is not regular"):
             parse_task("slurm", irregular)
+    said = (
+        "(SLURM_ARRAY_TASK_ID=3, SLURM_ARRAY_TASK_MIN=1, SLURM_ARRAY_TASK_MAX=7, SLURM_ARRAY_TASK_COUNT=3), where the"
+        " task has no place; submit with --array=1-3, or give --task i/n"
+    )
+    with pytest.raises(DataError, match=re.escape(said)):
+        parse_task("slurm", array(3, 1, 7, 3))
     with pytest.raises(DataError, match=r"outside a SLURM job array \(SLURM_ARRAY_TASK_ID='', .*or give --task i/n"):
         parse_task("slurm", {})
 

@@ -52,6 +52,18 @@ def test_all_damage_is_named_in_one_run(root: Path) -> None:
     assert f"{flipped}: the tokens do not match their checksum" in problems[2]
 
 
+def test_a_damaged_header_is_made_anew_by_the_build_that_its_message_asks_for(tmp_path: Path, root: Path) -> None:
+    shard = shard_path(root, "redpajama/book/book.jsonl", "train")
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:50] + bytes([sound[50] ^ 1]) + sound[51:])
+    (problem,) = verify_set(root).problems
+    assert "has a damaged header (its checksum does not match); run `moepp-data build` again, which makes" in problem
+    raw = {name: tmp_path / "raw" / name for name in ("redpajama", "dolma", "pile")}
+    report = build_set(root, tokenizer_file=tmp_path / "tokenizer.json", corpora=raw, held_out=0.1)
+    assert report.built == 1 and shard.read_bytes() == sound
+    assert verify_set(root).problems == []
+
+
 def test_another_tokenizer_beside_the_shards(root: Path) -> None:
     path = root / "tokenizer/tokenizer.json"
     write_tokenizer(path, [*WORDS, "more"])

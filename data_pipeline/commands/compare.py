@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.diff import diff_sets
+from data_pipeline.document import counted
 
 
 def diff(
@@ -25,7 +26,7 @@ def diff(
     for key in found.only_b:
         print(f"only in B: {key}")
     print(
-        f"{found.same:,} files are the same, {len(found.changed):,} changed, {len(found.only_a):,} only in A,"
+        f"{counted(found.same, 'file')} the same, {len(found.changed):,} changed, {len(found.only_a):,} only in A,"
         f" {len(found.only_b):,} only in B; tokens to train on: {found.tokens_a:,} in A, {found.tokens_b:,} in B"
     )
     if found.any:

@@ -19,6 +19,7 @@ from data_pipeline.commands.common import (
     Workers,
     named_corpora,
 )
+from data_pipeline.document import counted
 from data_pipeline.manifest import DEFAULT_SPLIT_BYTES
 from data_pipeline.progress import BuildProgress
 from data_pipeline.sample import write_sample
@@ -107,15 +108,16 @@ def _print_report(out: Path, report: BuildReport, *, whole: bool) -> None:
     held_out = sum(source.held_out_tokens for source in sources)
     tokens = sum(source.tokens for source in sources) - held_out
     print(
-        f"{report.built:,} files built, {report.kept:,} kept: {tokens:,} tokens to train on, {held_out:,} held out"
+        f"{counted(report.built, 'file')} built, {report.kept:,} kept: {counted(tokens, 'token')} to train on,"
+        f" {held_out:,} held out"
     )
-    for count, what in (
-        (sum(source.bad_lines for source in sources), f"bad lines are in {out / 'quarantine'}"),
-        (sum(source.excluded for source in sources), "documents were passed over"),
-        (sum(source.duplicates for source in sources), "documents equal an earlier one and were left out"),
+    for count, noun, what in (
+        (sum(source.bad_lines for source in sources), "bad line", f"in {out / 'quarantine'}"),
+        (sum(source.excluded for source in sources), "document", "passed over"),
+        (sum(source.duplicates for source in sources), "document", "left out that equal an earlier one"),
     ):
         if count:
-            print(f"{count:,} {what}")
+            print(f"{counted(count, noun)} {what}")
     if whole and report.manifest.settings.held_out:
         for label in report.without_held_out:
             print(f"warning: no text of {label} is held out, so its validation loss will not be known")

@@ -22,7 +22,7 @@ from data_pipeline.commands.common import (
 )
 from data_pipeline.config import DataConfig
 from data_pipeline.count import DEVIATION_BOUND, Counted, Tally, count_set
-from data_pipeline.document import DataError
+from data_pipeline.document import DataError, counted
 from data_pipeline.manifest import read_manifest
 from data_pipeline.progress import simple_bar
 from data_pipeline.stream import open_mixture, source_tokens
@@ -36,8 +36,9 @@ def verify(out: SetFolder) -> None:
     for problem in result.problems:
         print(problem)
     if result.problems:
-        raise DataError(f"{len(result.problems):,} problems in {out}; {result.shards:,} shards are sound")
-    print(f"PASS: {result.shards:,} shards, {result.tokens:,} tokens, {result.bytes:,} bytes")
+        sound = counted(result.shards, "sound shard")
+        raise DataError(f"{counted(len(result.problems), 'problem')} in {out}, beside {sound}")
+    print(f"PASS: {counted(result.shards, 'shard')}, {counted(result.tokens, 'token')}, {result.bytes:,} bytes")
 
 
 def count(
@@ -58,26 +59,27 @@ def count(
     drawn_by = choose_data(out, mixture, recipe).config
     if corpora or drawn_by is None:
         with simple_bar(Console(stderr=True), "files counted") as add:
-            counted = count_set(out, corpora, workers=workers, on_file=lambda file: add(1))
-        failures += _print_counted(counted)
+            found = count_set(out, corpora, workers=workers, on_file=lambda file: add(1))
+        failures += _print_counted(found)
         _print_not_counted(out, corpora)
     if drawn_by is not None:
         failures += _print_deviations(drawn_by, rows)
     if failures:
-        raise DataError(f"{failures:,} counts do not agree for {out}: see above")
+        raise DataError(f"{counted(failures, 'difference')} in {out}: see above")
     print("PASS")
 
 
-def _print_counted(counted: Counted) -> int:
-    for label in sorted({*counted.raw, *counted.shards}):
-        raw, shards = counted.raw.get(label, Tally()), counted.shards.get(label, Tally())
+def _print_counted(found: Counted) -> int:
+    print("raw files against shards; to train on and held out together:")
+    for label in sorted({*found.raw, *found.shards}):
+        raw, shards = found.raw.get(label, Tally()), found.shards.get(label, Tally())
         verdict = "equal" if raw == shards else f"but the shards hold {shards}"
         print(f"{label:28} {raw}: {verdict}")
-    total = sum(counted.raw.values(), Tally())
+    total = sum(found.raw.values(), Tally())
     print(f"{'all':28} {total}")
-    for problem in counted.problems:
+    for problem in found.problems:
         print(problem)
-    return len(counted.problems)
+    return len(found.problems)
 
 
 def _print_not_counted(out: Path, corpora: Mapping[str, str]) -> None:

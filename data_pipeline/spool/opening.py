@@ -26,7 +26,12 @@ def open_spool(config: DataConfig) -> SpoolRows:
     order = {**files_order(raw, tokenizer, claimed), **order_settings(config, mixture)}
     reader = enter(Path(config.path), {**order, "identity": plan.identity})
     return SpoolRows(
-        plan, Supply(plan, reader), mixture=mixture, tokenizer=tokenizer_info(tokenizer, raw.tokenizer), order=order
+        plan,
+        Supply(plan, reader),
+        mixture=mixture,
+        tokenizer=tokenizer_info(tokenizer, raw.tokenizer),
+        order=order,
+        drawn_by=config.drawn_by,
     )
 
 

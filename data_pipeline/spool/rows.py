@@ -35,12 +35,14 @@ class SpoolRows:
         mixture: StagedMixture,
         tokenizer: TokenizerInfo,
         order: Mapping[str, Any],
+        drawn_by: Mapping[str, Any],
     ) -> None:
         self.seq_len = plan.seq_len
         self.mixture = mixture
         self.tokenizer = tokenizer
         self.order = dict(order)
         self.fingerprint = order_hash(self.order)
+        self.drawn_by = dict(drawn_by)
         self.source_names: list[str] = mixture.names
         self._plan, self._supply = plan, supply
         self._permutation = lru_cache(maxsize=2 * len(mixture.names))(self._permute)
