@@ -136,12 +136,16 @@ class Loader:
         self._stream.release(max(self._row - RELEASED_AFTER_STEPS * self._batch_rows, 0))
         return self._at_hand.popleft()
 
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint, in JSON values: steps and rows consumed, and what the rows' order depends on."""
+    def state(self, *, steps_back: int = 0) -> dict[str, Any]:
+        """For a checkpoint, in JSON values: steps and rows consumed, and what the rows' order depends on.
+
+        steps_back: as it was so many steps ago, of those consumed here; at most `RELEASED_AFTER_STEPS`.
+        """
+        row = self._row - steps_back * self._batch_rows
         return {
-            "step": self._step,
-            "rows": self._row,
-            "position": self._stream.position(self._row),
+            "step": self._step - steps_back,
+            "rows": row,
+            "position": self._stream.position(row),
             "fingerprint": self._stream.fingerprint,
             "order": dict(self._stream.order),
             "drawn_by": dict(self._stream.drawn_by),

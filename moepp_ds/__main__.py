@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from data_pipeline.document import DataError
+from moepp_ds import checkpoint_commands
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.config import RecipeError, load_recipe
 from moepp_ds.report import print_report, report_run
@@ -27,6 +28,7 @@ Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer file; default: t
 Json = Annotated[Path | None, typer.Option("--json", help="write the result there, too, for scripts")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at MoE++ recipes and runs.")
+app.add_typer(checkpoint_commands.app, name="checkpoint")
 
 
 @app.command()
@@ -124,6 +126,26 @@ def evaluate(
 
 
 @app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(help="folder of a run")],
+    step: Annotated[int, typer.Option(min=1, help="update that was skipped or stopped the run")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="folder of the weights; default: the run's newest from before the update")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="such as cpu or cuda:1; default: the first accelerator")] = None,
+    json: Json = None,
+) -> None:
+    """Do an update that was not taken once more, in one process: losses by row, first bad module, gradient norms."""
+    from moepp_ds.replay import as_json, chosen_device, print_replay
+    from moepp_ds.replay import replay as do_again
+
+    _check_place(json)
+    done = do_again(run_dir, step, device=chosen_device(device), checkpoint=checkpoint)
+    _write_json(json, as_json(done))
+    print_replay(done, Console())
+
+
+@app.command()
 def upcycle(
     run_dir: Annotated[Path, typer.Argument(help="folder of the run to be made")],
     recipe: Annotated[Path, typer.Option(help="YAML file; its model section adds to what the checkpoint says")],
@@ -193,6 +215,24 @@ def import_(
     from moepp_ds.hf_import import import_folder
 
     done = import_folder(folder, run_dir, recipe, overrides or [])
+    _print_start(done.folder, run_dir, done.notices)
+
+
+@app.command("import-deepspeed")
+def import_deepspeed(
+    folder: Annotated[Path, typer.Argument(help="folder that engine.save_checkpoint was given")],
+    run_dir: Annotated[Path, typer.Argument(help="folder of the run to be made")],
+    recipe: Annotated[Path, typer.Option(help="YAML file; its model section says what the checkpoint holds")],
+    tag: Annotated[str | None, typer.Option(help="which save; default: the one that the file `latest` names")] = None,
+    names: Annotated[
+        Path | None, typer.Option(help="YAML file, lines of REGEX: NAME, for parameters with names of their own")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Go on with a run whose checkpoint DeepSpeed's own saver wrote, at its step, on any layout."""
+    from moepp_ds.ds_native import import_deepspeed as import_checkpoint
+
+    done = import_checkpoint(folder, run_dir, recipe, overrides or [], tag=tag, names=names)
     _print_start(done.folder, run_dir, done.notices)
 
 

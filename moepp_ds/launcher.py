@@ -1,17 +1,10 @@
-"""Start a node's ranks through the `deepspeed` launcher, stop them cleanly, and say how the run ended.
+"""The command line of `launch/train.sh`: from what a user typed to a run that is looked after.
 
-`launch/train.sh` is this module. It imports neither torch nor deepspeed, so it answers at once.
+It imports neither torch nor deepspeed, so it answers at once. `moepp_ds.supervisor` does the rest.
 
 1. Read the recipe: a mistake in it is reported here, once, and not by every rank. It names the run folder.
-2. Start `deepspeed LAUNCHER_OPTIONS --module moepp_ds.train RECIPE ARGS` in a session of its own.
-3. On SIGTERM, SIGINT, SIGUSR1 or SIGHUP ask the ranks, and the ranks alone, by SIGTERM, to save and stop.
-   Above them stand the `deepspeed` runner, which would die and leave everything running, and its child
-   `deepspeed.launcher.launch`, which would give each rank 30 seconds and then kill it, checkpoint or not.
-4. Wait until the session is empty. Whoever overstays is killed: after a stop `stop_grace` seconds, after the
-   end of the first rank `exit_grace` seconds (its peers may wait for it in a collective for ever).
-5. Read `status.json`, which rank 0 writes: {"state": "running|completed|stopped|failed", "step": n,
-   "message": text}. The run ended as it says there, whatever the launcher's exit code; a file that an
-   earlier run left does not count.
+2. Each start is `deepspeed LAUNCHER_OPTIONS --module moepp_ds.train RECIPE ARGS`, with what a start must have of its
+   own: a free port, what to resume, and where several hosts take part the list of them.
 
 Exit code: 0 completed, 75 stopped cleanly and can be resumed, 1 failed.
 The ranks find this process's id in the environment as MOEPP_SUPERVISOR_PID, to notice when it is gone.
@@ -20,68 +13,61 @@ The ranks find this process's id in the environment as MOEPP_SUPERVISOR_PID, to 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 
-from moepp_ds.config import RecipeError, load_recipe
+from moepp_ds.config import Recipe, RecipeError, load_recipe
+from moepp_ds.supervisor.hosts import free_port, own_host, read_hostfile
+from moepp_ds.supervisor.job import Graces
+from moepp_ds.supervisor.restarts import Rules, supervise
+from moepp_ds.supervisor.roll import Place, Roll, RollError, RollRules
+from moepp_ds.supervisor.verdict import FAILED
 
-COMPLETED, FAILED, STOPPED = 0, 1, 75  # 75 is sysexits.h's EX_TEMPFAIL: nothing is wrong, try again
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-POLL_SECONDS = 0.2
-
-# Left over from a launcher around this one, these would make every process look like a rank.
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")
+ELSEWHERE = ("--include", "-i", "--exclude", "-e", "--num_nodes", "--num_gpus")
+"""Launcher options under which a host's ranks are not its slots."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What is started, where it reports, and how long it may take to end."""
+    """What a command line asks for."""
 
-    command: tuple[str, ...]
-    run_dir: Path
-    stop_grace: float
-    """Seconds from the request to stop until ranks are killed: the time a checkpoint may take."""
-    exit_grace: float
-    """Seconds from the end of the first rank until the others are killed."""
+    rules: Rules
+    launcher_options: tuple[str, ...]
+    """For every start; without those that a start gets of its own."""
+    master_addr: str | None
+    master_port: str | None
+    program: str
+    recipe: str
+    arguments: tuple[str, ...]
+    """For the program, behind the recipe; without --resume."""
+    roll: RollRules | None
+    """How several hosts find together, one supervisor on each; None where this process starts all ranks."""
 
-
-@dataclass(frozen=True)
-class Ending:
-    """What was seen of the processes while they ended."""
-
-    launcher_code: int
-    ranks_started: int
-    first_ended: tuple[int, ...]
-    """Numbers of the ranks that were gone first; empty when none was missed before the end."""
-    stop_asked: bool
-    killed: int
-    """Processes that did not end by themselves in time."""
-
-
-@dataclass(frozen=True)
-class Process:
-    """A living process of the session; `rank` is its number if it is one of the ranks."""
-
-    pid: int
-    rank: int | None
+    def command(self, resume: str, place: Place | None) -> tuple[str, ...]:
+        """The command line of one start."""
+        options = [*self.launcher_options]
+        if place is not None:
+            options += ["--hostfile", str(place.hostfile), "--no_ssh", "--node_rank", str(place.node_rank)]
+            options += ["--master_addr", self.master_addr or place.hosts[0].name]
+            options += ["--master_port", self.master_port or str(place.port)]
+        else:
+            options += ["--master_addr", self.master_addr] if self.master_addr else []
+            port = self.master_port or (None if _has(options, "--hostfile", "-H") else str(free_port()))
+            # The launcher's default port is the same for everybody, so two runs on one machine would meet.
+            options += ["--master_port", port] if port else []
+        program = ("--module", self.program, self.recipe, *self.arguments, "--resume", resume)
+        return (sys.executable, "-m", "deepspeed.launcher.runner", *options, *program)
 
 
 def parse_launch(argv: Sequence[str]) -> Launch:
     """Turn `[launcher options] RECIPE [program arguments]` into a Launch.
 
     The recipe is the first argument that ends in .yaml or .yml; before it stand options of the `deepspeed`
-    launcher and three of our own, behind it everything the program gets. Raises RecipeError.
+    launcher and our own, behind it everything the program gets. Raises RecipeError.
     """
     at = next((i for i, arg in enumerate(argv) if arg.endswith((".yaml", ".yml"))), None)
     if at is None:
@@ -89,223 +75,126 @@ def parse_launch(argv: Sequence[str]) -> Launch:
             f"no recipe among the arguments {shlex.join(argv)!r}: one must end in .yaml; usage: "
             "bash launch/train.sh [launcher options] RECIPE.yaml [--set key=value ...] [--resume auto]"
         )
-    own, launcher_options = _own_options(argv[:at])
-    recipe, arguments = argv[at], list(argv[at + 1 :])
-    known, _ = _program_parser().parse_known_args(arguments)
-    name = load_recipe(recipe, known.set).name
-    run_dir = Path(known.run_dir or Path("runs") / name)
-    if known.run_dir is None:
-        arguments += ["--run-dir", str(run_dir)]
-    if not any(option.startswith(("--master_port", "--hostfile", "-H")) for option in launcher_options):
-        # The launcher's default port is the same for everybody, so two runs on one machine would meet.
-        launcher_options += ["--master_port", str(_free_port())]
-    command = (sys.executable, "-m", "deepspeed.launcher.runner", *launcher_options)
-    command += ("--module", own.program, recipe, *arguments)
-    return Launch(command, run_dir, stop_grace=own.stop_grace, exit_grace=own.exit_grace)
+    own, options = _own_parser().parse_known_args(list(argv[:at]))
+    known, arguments = _program_parser().parse_known_args(list(argv[at + 1 :]))
+    recipe = load_recipe(argv[at], known.set)
+    run_dir = Path(known.run_dir or Path("runs") / recipe.name)
+    arguments += [word for setting in known.set for word in ("--set", setting)]
+    arguments += ["--run-dir", str(run_dir)]
+    _check_limits(own)
+    roll = _roll_rules(own, options, recipe) if own.no_ssh else None
+    if own.hostfile and roll is None:
+        options += ["--hostfile", own.hostfile]
+    rules = Rules(run_dir, Graces(own.stop_grace, own.exit_grace), own.max_restarts, known.resume)
+    return Launch(
+        rules,
+        launcher_options=tuple(options),
+        master_addr=own.master_addr,
+        master_port=own.master_port,
+        program=own.program,
+        recipe=argv[at],
+        arguments=tuple(arguments),
+        roll=roll,
+    )
 
 
-def _own_options(options: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _roll_rules(own: argparse.Namespace, options: Sequence[str], recipe: Recipe) -> RollRules:
+    """How the hosts of a hostfile find together."""
+    if not own.hostfile or own.node_rank is None:
+        raise RecipeError("--no_ssh starts the ranks of one host of several: add --hostfile FILE --node_rank auto")
+    path = Path(own.hostfile)
+    hosts = read_hostfile(path)
+    host = own_host(hosts, own.node_rank, path)
+    if own.min_nodes is not None and not 1 <= own.min_nodes <= len(hosts):
+        raise RecipeError(f"--min_nodes {own.min_nodes}: {path} has {len(hosts)} hosts; give 1 to {len(hosts)}")
+
+    def fits(world: int) -> str | None:
+        try:
+            recipe.layout(world)
+        except RecipeError as error:
+            return str(error)
+        return None
+
+    return RollRules(
+        hostfile=path,
+        own=host.name,
+        min_hosts=own.min_nodes,
+        wait=own.node_wait,
+        silence=own.host_silence,
+        fits=(lambda world: None) if _has(options, *ELSEWHERE) else fits,
+    )
+
+
+def _check_limits(own: argparse.Namespace) -> None:
+    for name in ("stop_grace", "exit_grace", "node_wait", "host_silence", "max_restarts"):
+        if getattr(own, name) < 0:
+            raise RecipeError(f"--{name} {getattr(own, name):g} is negative; give 0 or more")
+    if not own.host_silence:
+        raise RecipeError("--host_silence 0 would take every host for dead; give seconds, such as 60")
+    alone = [name for name in ("min_nodes", "node_rank") if getattr(own, name) is not None]
+    if not own.no_ssh and (alone or (own.hostfile and own.max_restarts)):
+        option = alone[0] if alone else "max_restarts"
+        raise RecipeError(
+            f"--{option} is for hosts that each have a supervisor: start this command on every host with "
+            "--hostfile FILE --no_ssh --node_rank auto"
+        )
+
+
+def _own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/train.sh",
         usage="bash launch/train.sh [launcher options] RECIPE.yaml [program arguments]",
-        description="Train on this node. All other options go to the deepspeed launcher (--num_gpus N, ...).",
+        description="Train on this host. All other options go to the deepspeed launcher (--num_gpus N, ...).",
         allow_abbrev=False,
     )
     add = parser.add_argument
+    add("--max_restarts", type=int, default=0, help="restarts in a row without a newer checkpoint (0)")
     add("--stop_grace", type=float, default=600.0, help="seconds to save in when stopped (600)")
     add("--exit_grace", type=float, default=60.0, help="seconds ranks may outlive the first (60)")
     add("--program", default="moepp_ds.train", help="module every rank runs (moepp_ds.train)")
-    return parser.parse_known_args(list(options))
-
-
-def _program_parser() -> argparse.ArgumentParser:
-    """The two arguments of the program that decide where it reports."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--run-dir")
-    parser.add_argument("--set", action="append", default=[])
+    several = parser.add_argument_group("several hosts, each with its own supervisor")
+    add = several.add_argument
+    add("--hostfile", "-H", metavar="FILE", help="lines `name slots=8`, read anew at every start")
+    add("--no_ssh", action="store_true", help="this command is started on every host")
+    add("--node_rank", metavar="auto|N", help="which line of the hostfile this host is")
+    add("--min_nodes", type=int, metavar="M", help="go on with so many when others are missing (all)")
+    add("--node_wait", type=float, default=600.0, help="seconds to wait for missing hosts (600)")
+    add("--host_silence", type=float, default=60.0, help="seconds until a silent host counts as gone (60)")
+    add("--master_addr", help="where rank 0 is reached (the first host's name)")
+    add("--master_port", help="and its port (a free one)")
     return parser
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _program_parser() -> argparse.ArgumentParser:
+    """The arguments of the program that this side must know: where it reports, and what it resumes."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run-dir")
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--resume", default="none")
+    return parser
 
 
-def session_processes(session: int) -> list[Process]:
-    """List the living processes of a session. Zombies have ended, so they are left out.
-
-    A rank is a process that has LOCAL_RANK in its environment and a parent that has not: a rank's own helpers
-    inherit the variable, and `deepspeed.launcher.launch` sets it for its children alone.
-    """
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (stat := _read_proc(int(entry), "stat")):
-            # "pid (command) state parent group session ...", and a command may hold spaces and brackets
-            state, parent, _, of_session = stat.rpartition(b")")[2].split()[:4]
-            if int(of_session) == session and state not in (b"Z", b"X"):
-                parents[int(entry)] = int(parent)
-    numbers = {pid: _rank_number(pid) for pid in parents}
-    helpers = {pid for pid, parent in parents.items() if numbers.get(parent) is not None}
-    return [Process(pid, None if pid in helpers else number) for pid, number in numbers.items()]
-
-
-def _rank_number(pid: int) -> int | None:
-    variables = dict(item.partition(b"=")[::2] for item in _read_proc(pid, "environ").split(b"\0"))
-    return int(variables.get(b"RANK", b"0")) if b"LOCAL_RANK" in variables else None
-
-
-def _read_proc(pid: int, name: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:  # ended meanwhile, or another user's
-        return b""
-
-
-def send_signal(pid: int, signum: int) -> None:
-    """Signal a process that may have ended meanwhile."""
-    try:
-        os.kill(pid, signum)
-    except ProcessLookupError:
-        pass
-
-
-class Job:
-    """The processes of one launch, from start to the last one's end."""
-
-    def __init__(self, launch: Launch) -> None:
-        self._launch = launch
-        self._stop_asked_at: float | None = None
-        self._kill_now = False
-        self._asked: set[int] = set()
-        self._ranks: dict[int, int] = {}
-        self._first_ended: tuple[int, ...] = ()
-        self._ending_since: float | None = None
-
-    def handle_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Ask for a clean stop; a second Ctrl-C ends everything at once."""
-        self._kill_now = self._kill_now or (signum == signal.SIGINT and self._stop_asked_at is not None)
-        if self._stop_asked_at is None:
-            self._stop_asked_at = time.monotonic()
-
-    def run(self, environment: Mapping[str, str]) -> Ending:
-        """Start the launcher and wait for the last process; meanwhile pass on a stop, kill who overstays."""
-        # A session of its own: Ctrl-C in a terminal then reaches this process alone, and the session is the
-        # list of everything that was started, whoever its parent is by now.
-        launcher = subprocess.Popen(self._launch.command, env=dict(environment), start_new_session=True)
-        killed: set[int] = set()
-        while alive := session_processes(launcher.pid):
-            self._follow_ranks(alive, launcher_ended=launcher.poll() is not None)
-            if self._stop_asked_at is not None:
-                self._ask_to_stop(alive)
-            if self._overdue():
-                for process in alive:
-                    send_signal(process.pid, signal.SIGKILL)
-                killed |= {process.pid for process in alive}
-            time.sleep(POLL_SECONDS)
-        return Ending(
-            launcher_code=launcher.wait(),
-            ranks_started=len(self._ranks),
-            first_ended=self._first_ended,
-            stop_asked=self._stop_asked_at is not None,
-            killed=len(killed),
-        )
-
-    def _follow_ranks(self, alive: Sequence[Process], *, launcher_ended: bool) -> None:
-        running = {process.pid: process.rank for process in alive if process.rank is not None}
-        self._ranks.update(running)
-        gone = sorted(rank for pid, rank in self._ranks.items() if pid not in running)
-        if self._ending_since is None and (gone or launcher_ended):
-            self._ending_since = time.monotonic()
-            self._first_ended = tuple(gone)
-
-    def _ask_to_stop(self, alive: Sequence[Process]) -> None:
-        """Signal each rank once; while there has never been one, nothing is to save: signal everybody."""
-        for process in alive:
-            if process.pid not in self._asked and (process.rank is not None or not self._ranks):
-                self._asked.add(process.pid)
-                send_signal(process.pid, signal.SIGTERM)
-
-    def _overdue(self) -> bool:
-        now = time.monotonic()
-        stop_asked_at, ending_since = self._stop_asked_at, self._ending_since
-        too_slow = stop_asked_at is not None and now - stop_asked_at > self._launch.stop_grace
-        left_behind = ending_since is not None and now - ending_since > self._launch.exit_grace
-        return self._kill_now or too_slow or left_behind
-
-
-def judge(ending: Ending, status: Mapping[str, object] | None) -> tuple[int, str]:
-    """Say in one line how the run ended, with the exit code for it.
-
-    `status` is what this run's rank 0 left in status.json, None when it left nothing.
-    """
-    late = f" ({ending.killed} processes did not end in time and were killed)" if ending.killed else ""
-    first = "".join(f"; rank {rank} ended first" for rank in ending.first_ended)
-    if status is None:
-        if ending.stop_asked:  # nothing was trained, so nothing is lost, however the processes ended
-            return STOPPED, f"stopped before training began; start it again with --resume auto{late}"
-        if not ending.ranks_started:
-            return FAILED, f"failed: the launcher ended with code {ending.launcher_code}, no rank was started{late}"
-        return FAILED, f"failed before training began, with code {ending.launcher_code}; the reason is above{late}"
-    state, step, message = status.get("state"), status.get("step"), status.get("message") or ""
-    told = f": {message}" if message else ""
-    if state == "completed":
-        return COMPLETED, f"completed at step {step}{told}{late}"
-    if state == "stopped":
-        return STOPPED, f"stopped at step {step}{told}; continue with --resume auto{late}"
-    if state == "failed":
-        return FAILED, f"failed at step {step}{told}{late}"
-    return FAILED, f"failed: ended at step {step} in state {state!r}{first}{late}"
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Identify one writing of a file: a rename over it changes the inode, a write its time."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
-def _read_status(path: Path) -> dict[str, object] | None:
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return status if isinstance(status, dict) else None
-
-
-def supervise(launch: Launch) -> int:
-    """Run a launch to its end under this process's signal handlers; return the exit code of the verdict."""
-    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
-    environment["MOEPP_SUPERVISOR_PID"] = str(os.getpid())
-    status_file = launch.run_dir / "status.json"
-    earlier = _stamp(status_file)
-    job = Job(launch)
-    # Handlers first, so that no stop is missed. (Blocking the signals meanwhile would not do: the ranks would
-    # inherit the mask and never hear of a stop.)
-    for signum in STOP_SIGNALS:
-        # SIGHUP that is ignored means nohup: the run is to outlive its terminal
-        if signum != signal.SIGHUP or signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, job.handle_signal)
-    ending = job.run(environment)
-    status = _read_status(status_file) if _stamp(status_file) != earlier else None
-    code, verdict = judge(ending, status)
-    print(f"[train] {launch.run_dir}: {verdict}", flush=True)
-    return code
+def _has(options: Sequence[str], *names: str) -> bool:
+    return any(option.split("=")[0] in names for option in options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; see the module's docstring for what it does and for its exit codes."""
+    """Run the command line; see the module's docstring for its exit codes."""
     try:
         if find_spec("deepspeed") is None:
             raise RecipeError(f"deepspeed is not installed in {sys.executable}; run `. launch/setup_env.sh`")
         launch = parse_launch(sys.argv[1:] if argv is None else argv)
-    except RecipeError as error:
+        roll = Roll(launch.rules.run_dir, launch.roll) if launch.roll is not None else None
+    except (RecipeError, RollError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
-    print(f"[train] {shlex.join(launch.command)}", flush=True)
-    return supervise(launch)
+
+    def command(resume: str, place: Place | None) -> tuple[str, ...]:
+        words = launch.command(resume, place)
+        print(f"[train] {shlex.join(words)}", flush=True)
+        return words
+
+    return supervise(launch.rules, command, roll)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,15 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch.utils.tensorboard import SummaryWriter
-
 from data_pipeline.atomic import write_atomically
 from moepp_ds.controller import RoutingState
 from moepp_ds.kinds import ExpertKinds
+from moepp_ds.records import Curves, Lines
 from moepp_ds.statistics import RoutingStatistics
 
 
@@ -102,11 +100,13 @@ class RunFolder:
     tensorboard/     the same as curves
     checkpoints/     see moepp_ds.checkpoint
     log.txt          what was printed
-    status.json      state (running, completed, stopped, failed), step, message: what a supervisor reads
+    status.json      state (running, completed, stopped, failed), step, message, restart: what a supervisor reads
     """
 
     def __init__(self, path: Path, *, tensorboard: bool, resumed_step: int, others: Any = None) -> None:
         """Open the folder of a run that has done `resumed_step` updates; later metrics are dropped.
+
+        `step` is the last update that was recorded.
 
         others: DeepSpeed's monitor, for what else the DeepSpeed JSON turns on (csv_monitor, wandb).
         """
@@ -114,12 +114,13 @@ class RunFolder:
         self.path = path
         self._lock = _lock(path)
         self._others = others if others is not None and others.enabled else None
-        self._log: TextIO = (path / "log.txt").open("a", encoding="utf-8")
+        self.step = resumed_step
+        self._log = Lines(path / "log.txt")
         _keep_until(path / "metrics.jsonl", resumed_step)
-        self._metrics: TextIO = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics = Lines(path / "metrics.jsonl")
         self._curves = None
         if tensorboard:
-            self._curves = SummaryWriter(str(path / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10)
+            self._curves = Curves(path / "tensorboard", self._metrics, resumed_step=resumed_step, points=_points)
 
     def describe(self, *, recipe: str, ds_config: Mapping[str, Any]) -> None:
         """Store what the run was started with."""
@@ -133,41 +134,48 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """Keep in log.txt what is printed elsewhere."""
-        print(line, file=self._log, flush=True)
+        self._log.append(line)
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Append one update's metrics and its curves; the line survives the death of this process from here on.
 
-        Numbers that are not finite are written as null: JSON has no others.
+        Numbers that are not finite are written as null: JSON has no others. On a full disk all of it waits for room.
         """
-        step = metrics["step"]
         finite = _finite(metrics)
-        print(json.dumps(finite, allow_nan=False), file=self._metrics, flush=True)
-        named = scalars({key: value for key, value in finite.items() if key != "step"})
+        self.step = finite["step"]
+        self._metrics.append(json.dumps(finite, allow_nan=False))
         if self._curves is not None:
-            for name, value in named:
-                self._curves.add_scalar(name, value, step)
+            self._curves.add(finite)
         if self._others is not None:
-            self._others.write_events([(name, value, step) for name, value in named])
+            self._others.write_events([(name, value, self.step) for name, value in _points(finite)])
 
     def sync(self) -> None:
-        """Put everything recorded so far on the disk: before a checkpoint that a later run goes on from."""
-        os.fsync(self._metrics.fileno())
-        if self._curves is not None:
-            self._curves.flush()
+        """Put everything recorded so far on the disk: before a checkpoint that a later run goes on from.
 
-    def set_status(self, state: str, *, step: int, message: str = "") -> None:
-        """Replace status.json."""
-        status = {"state": state, "step": step, "message": message}
+        Raises OSError where the metrics cannot be; the curves wait, as they can be drawn from these.
+        """
+        self._metrics.sync()
+        if self._curves is not None:
+            self._curves.sync(self.step)
+
+    def set_status(self, state: str, *, step: int, message: str = "", restart: bool | None = None) -> None:
+        """Replace status.json. restart: of a run that failed, whether another try may do better."""
+        status: dict[str, Any] = {"state": state, "step": step, "message": message}
+        if restart is not None:
+            status["restart"] = restart
         write_atomically(self.path / "status.json", (json.dumps(status) + "\n").encode())
 
     def close(self) -> None:
         """Flush and close every file."""
         if self._curves is not None:
-            self._curves.close()
+            self._curves.close(self.step)
         self._metrics.close()
         self._log.close()
         self._lock.close()
+
+
+def _points(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    return scalars({key: value for key, value in record.items() if key != "step"})
 
 
 def _lock(path: Path) -> TextIO:

@@ -1,13 +1,18 @@
-"""Whether a run may go on, and from where: nothing here reads weights."""
+"""Whether a run may go on, and from where."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.loader import check_position
+from data_pipeline.row_source import Rows
+from data_pipeline.weights import as_written
 from moepp_ds.agreement import all_or_none, gather
-from moepp_ds.checkpoint.files import find_checkpoint
+from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from moepp_ds.checkpoint.files import candidates, read_index
+from moepp_ds.checkpoint.live import load_checkpoint
 from moepp_ds.config import Recipe, RecipeError
 from moepp_ds.config.stored import stored_recipe
 from moepp_ds.engine import Ranks
@@ -16,37 +21,88 @@ FIXED_AT_RESUME = ("train.batch_tokens", "train.micro_batch_size")
 """Keys beside the model's that a resumed run must keep: capacity and balance are counted over micro batches."""
 
 
-def agree_on_checkpoint(path: Path, resume: str, ranks: Ranks) -> Path | None:
-    """The checkpoint that the first rank finds, for all: folders on a network may look older from elsewhere."""
-    found = None
+def agree_on_checkpoints(path: Path, resume: str, ranks: Ranks) -> list[Path]:
+    """The checkpoints that the first rank finds, for all: folders on a network may look older from elsewhere."""
+    found: list[Path] = []
     with all_or_none():
         if ranks.is_first:
-            found = choose_checkpoint(path, resume)
+            found = choose_checkpoints(path, resume)
     return gather(found)[0]
 
 
-def choose_checkpoint(path: Path, resume: str) -> Path | None:
-    """Where to go on, as --resume says; refuses what would overwrite the record of another run."""
+def choose_checkpoints(path: Path, resume: str) -> list[Path]:
+    """Where to go on, as --resume says: the best first, then those that would do if it is damaged.
+
+    Empty for a new run. Refuses what would overwrite the record of another run.
+    """
     checkpoints = path / "checkpoints"
-    holds_run = (path / "metrics.jsonl").exists() or any(checkpoints.glob("step-*/index.json"))
+    own = candidates(checkpoints)
+    holds_run = (path / "metrics.jsonl").exists() or bool(own)
     if resume == "none":
         if holds_run:
             raise RecipeError(f"{path} already holds a run; continue it with --resume auto, or name another --run-dir")
-        return None
+        return []
     if resume == "auto":
-        found = find_checkpoint(checkpoints)
-        if found is None and any(checkpoints.glob("step-*/index.json")):
-            raise RecipeError(f"{checkpoints} holds checkpoints but no file `latest`; name one with --resume PATH")
-        return found
+        return own
     given = Path(resume)
-    for root in (given, given / "checkpoints"):  # the folder of a run, or of its checkpoints: the newest of them
-        given = find_checkpoint(root) or given
-    if holds_run and checkpoints.resolve() not in given.resolve().parents:
+    # the folder of a run, or of its checkpoints: the newest of them
+    found = candidates(given) or candidates(given / "checkpoints") or [given]
+    if holds_run and checkpoints.resolve() not in found[0].resolve().parents:
         raise RecipeError(
             f"{path} already holds a run, and {resume} is no checkpoint of it; name another --run-dir for a run that "
             "begins there"
         )
-    return given
+    return found
+
+
+class Resumption:
+    """The checkpoint that a run goes on from: the best of several, or the next one where that is damaged.
+
+    checkpoint, index: of the one chosen, None for a new run. changes: settings that differ from those it was made
+    with. skipped: what is wrong with better ones, a line for each.
+    """
+
+    def __init__(self, choices: Sequence[Path], recipe: Recipe, stream: Rows) -> None:
+        self._left, self._recipe, self._stream = list(choices), recipe, stream
+        self.checkpoint: Path | None = None
+        self.index: dict[str, Any] | None = None
+        self.changes: list[str] = []
+        self.skipped: list[str] = []
+        if choices:
+            self._choose()
+
+    @property
+    def data_state(self) -> dict[str, Any] | None:
+        """Where the loader was; None for a run that has read no rows."""
+        return self.index["data"] if self.index else None
+
+    def load(self, engine: Any) -> None:
+        """Give the engine what the checkpoint holds. Collective; CheckpointError where none of them can be read."""
+        while self.checkpoint is not None:
+            try:
+                self.index = load_checkpoint(engine, self.checkpoint)
+                return
+            except DamagedCheckpoint as error:
+                self.skipped.append(str(error))
+                self._choose()
+
+    def _choose(self) -> None:
+        """Take the next one whose index is whole; AgreedError if it is of a run that cannot go on by the recipe."""
+        while self._left:
+            self.checkpoint = self._left.pop(0)
+            try:
+                with all_or_none(DamagedCheckpoint):
+                    self.index = read_index(self.checkpoint)
+            except DamagedCheckpoint as error:
+                self.skipped.append(str(error))
+                continue
+            assert self.index is not None
+            with all_or_none():
+                self.changes = compare_runs(self._recipe, self.index)
+                if self.data_state is not None:
+                    check_position(self.data_state, self._stream)
+            return
+        raise CheckpointError("\n".join(self.skipped))
 
 
 def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
@@ -59,7 +115,7 @@ def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
     began = stored_recipe(index["recipe"], place="the recipe in the checkpoint")
     stored, asked = (_flatten(one.model_dump(mode="json")) for one in (began, recipe))
     changes = {
-        key: f"{key}: {stored.get(key)} then, {asked.get(key)} now"
+        key: f"{key}: {as_written(stored.get(key))} then, {as_written(asked.get(key))} now"
         for key in sorted(stored.keys() | asked.keys())
         if stored.get(key) != asked.get(key)
     }

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.loader import Loader
 from data_pipeline.row_source import RowSource
 from data_pipeline.stream import HeldOut
-from moepp_ds.agreement import all_or_none
-from moepp_ds.checkpoint.live import save_checkpoint
 from moepp_ds.config import Recipe
 from moepp_ds.controller import RoutingState
 from moepp_ds.engine import Ranks
 from moepp_ds.evaluate import Score, score_lines
+from moepp_ds.guard import Guard
 from moepp_ds.model import expert_kinds
 from moepp_ds.monitor import RunFolder, layer_metrics, progress_line
+from moepp_ds.resume import Resumption
 from moepp_ds.update import UpdateResult
 
 
@@ -46,13 +45,22 @@ class Run:
         if self.folder:
             self.folder.say(line)
 
+    def note_status(self, step: int, message: str = "") -> None:
+        """Say in status.json that the run goes on, if the disk has room for that."""
+        if self.folder:
+            try:
+                self.folder.set_status("running", step=step, message=message)
+            except OSError as error:
+                self.say(f"warning: {self.path}/status.json: {error.strerror}; it still says what it said before")
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run is: updates done, what routing remembers of them, and whether some rank was asked to stop."""
+    """Where the run is: updates done, what routing and the guard remember, and whether some rank was asked to stop."""
 
     step: int
     routing: RoutingState
+    guard: Guard = Guard()
     stop: bool = False
 
 
@@ -83,6 +91,7 @@ def record(
         ),
         "sampled_share": {name: drawn / rows for name, drawn in run.stream.mixture.drawn(rows).items()},
         "epochs": run.stream.epochs(rows),
+        "skipped_updates": progress.guard.skipped,
     }
     if scores:
         metrics["validation"] = {source: asdict(score) for source, score in scores.items()}
@@ -103,30 +112,9 @@ def check_rows_drawn(run: Run, result: UpdateResult, step: int) -> None:
         raise RuntimeError(f"update {step} read {drawn} rows of its sources, the mixture plans {planned}")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
     return {name: version(name) for name in ("torch", "deepspeed", "moepp_ds")}
-
-
-def save(run: Run, progress: Progress, loader: Loader) -> None:
-    """Write a checkpoint of where the run is, its record on the disk first. Collective."""
-    recipe = run.recipe
-    facts = {
-        "tokens": progress.step * recipe.train.batch_tokens,
-        "recipe": recipe.model_dump(mode="json"),
-        "data": loader.state(),
-        "routing": progress.routing.facts(),
-        "versions": _versions(),
-        "origin": run.origin,
-    }
-    with all_or_none():
-        if run.folder:
-            run.folder.sync()
-    folder = save_checkpoint(
-        run.engine, run.path / "checkpoints", step=progress.step, facts=facts, keep=recipe.checkpoint.keep
-    )
-    if run.folder:
-        run.folder.set_status("running", step=progress.step)
-    run.say(f"saved {folder}")
 
 
 def open_folder(
@@ -168,11 +156,11 @@ def _unreached_stages(recipe: Recipe, rows: int) -> list[str]:
 
 
 def announce(
-    run: Run, progress: Progress, checkpoint: Path | None, changes: Sequence[str], *, resume: str
+    run: Run, progress: Progress, resumption: Resumption, *, resume: str
 ) -> None:
     """Print what runs, the arithmetic of the run and where it begins."""
-    versions = ", ".join(f"{name} {number}" for name, number in _versions().items())
-    run.say(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {versions}, {run.ranks.world} ranks")
+    ran_by = ", ".join(f"{name} {number}" for name, number in versions().items())
+    run.say(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {ran_by}, {run.ranks.world} ranks")
     for line in run.recipe.arithmetic(run.ranks.world):
         run.say(line)
     for line in _data_lines(run):
@@ -183,11 +171,13 @@ def announce(
             f"no text is held out of {', '.join(unscored)}: it is not evaluated (the share held out is"
             " `moepp-data build --held-out`, or data.raw.held_out with mode: stream)"
         )
-    if checkpoint is None and resume == "auto":
+    for damage in resumption.skipped:
+        run.say(f"warning: a newer checkpoint is passed over: {damage}")
+    if resumption.checkpoint is None and resume == "auto":
         run.say(f"no checkpoint in {run.path}: starting at update 1")
-    if checkpoint is not None:
-        run.say(f"resumed from {checkpoint} after update {progress.step}")
-    for change in changes:
+    if resumption.checkpoint is not None:
+        run.say(f"resumed from {resumption.checkpoint} after update {progress.step}")
+    for change in resumption.changes:
         run.say(f"resumed with another {change}")
 
 

@@ -28,20 +28,26 @@ import torch.distributed as dist
 
 from data_pipeline.document import DataError
 from data_pipeline.feed import open_held_out, open_rows
-from data_pipeline.loader import Loader, check_position
+from data_pipeline.loader import Batch, Loader
 from data_pipeline.row_source import RowSource
 from moepp_ds.agreement import AgreedError, all_or_none
 from moepp_ds.checkpoint import CheckpointError
-from moepp_ds.checkpoint.files import read_index
-from moepp_ds.checkpoint.live import load_checkpoint
 from moepp_ds.config import Recipe, RecipeError, controller_rate, load_recipe
+from moepp_ds.consistency import check_consistency
 from moepp_ds.controller import RoutingState, next_state, restored_state
-from moepp_ds.engine import build_engine, join_ranks
+from moepp_ds.engine import LostRankError, Ranks, build_engine, join_ranks, naming_lost_ranks
 from moepp_ds.evaluate import Score, evaluate
-from moepp_ds.resume import agree_on_checkpoint, compare_runs
-from moepp_ds.run import Progress, Run, announce, check_rows_drawn, finish, open_folder, record, save
+from moepp_ds.guard import restored_guard
+from moepp_ds.replay_rows import Facts, rows_folder, write_rows
+from moepp_ds.resume import Resumption, agree_on_checkpoints
+from moepp_ds.run import Progress, Run, announce, check_rows_drawn, finish, open_folder, record
+from moepp_ds.saves import Saves
 from moepp_ds.stop import StopSignal
-from moepp_ds.update import NonFiniteError, UpdateResult, update
+from moepp_ds.update import Incident, UpdateResult, update
+
+
+class BadUpdate(RuntimeError):
+    """An update that the recipe does not let the run go on after; the same on every rank."""
 
 
 def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progress:
@@ -49,40 +55,22 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
 
     resume: `auto` (the newest checkpoint of the folder if it has one), `none` (a new run), or a checkpoint's path.
     """
-    ranks = join_ranks()
-    with all_or_none():
-        stream = open_rows(recipe.data)
-        held_out = open_held_out(recipe.data, rows=recipe.evaluation.rows)
-        _check_vocabulary(recipe, stream)
-        total_steps = _count_updates(recipe, stream)
-    checkpoint = agree_on_checkpoint(path, resume, ranks)
-    index: dict[str, Any] | None = None
-    changes: list[str] = []
-    with all_or_none():
-        if checkpoint is not None:
-            index = read_index(checkpoint)
-            changes = compare_runs(recipe, index)
-            if index["data"] is not None:  # a run that starts from given weights has read no rows
-                check_position(index["data"], stream)
-    engine, ds_config = build_engine(recipe, ranks, eos_id=stream.tokenizer.eos_id)
-    if checkpoint is not None:
-        load_checkpoint(engine, checkpoint)
-    model = recipe.model
-    routing = restored_state(index.get("routing") if index else None, model.moe, model.num_moe_layers)
-    progress = Progress(index["step"] if index else 0, routing)
-    with all_or_none():
-        folder = open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
-    origin = index.get("origin") if index else None
-    run = Run(recipe, ranks, engine, stream, held_out, path, folder, origin, total_steps)
+    ranks = join_ranks(timeout=recipe.safety.collective_timeout)
+    with naming_lost_ranks(recipe, ranks):
+        run, progress, resumption = _begin(recipe, ranks, path, resume)
+    folder = run.folder
     try:
-        announce(run, progress, checkpoint, changes, resume=resume)
-        progress = _loop(run, progress, data_state=index["data"] if index else None, stop=stop)
-        finish(run, progress)
+        with naming_lost_ranks(recipe, ranks):
+            announce(run, progress, resumption, resume=resume)
+            progress = _loop(run, progress, data_state=resumption.data_state, stop=stop)
+            finish(run, progress)
     except Exception as error:
         if folder:
             with suppress(OSError):  # a full disk must not hide what went wrong
                 folder.log(f"error: {error}")
-                folder.set_status("failed", step=progress.step, message=str(error))
+                # What stays true however often it is tried, a supervisor need not try again.
+                again = not isinstance(error, (BadUpdate, DataError))
+                folder.set_status("failed", step=folder.step, message=str(error), restart=again)
                 folder.close()
         raise
     if folder:
@@ -92,42 +80,111 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
     return progress
 
 
+def _begin(recipe: Recipe, ranks: Ranks, path: Path, resume: str) -> tuple[Run, Progress, Resumption]:
+    """Data, engine and run folder, and where the run stands."""
+    with all_or_none():
+        stream = open_rows(recipe.data)
+        held_out = open_held_out(recipe.data, rows=recipe.evaluation.rows)
+        _check_vocabulary(recipe, stream)
+        total_steps = _count_updates(recipe, stream)
+    resumption = Resumption(agree_on_checkpoints(path, resume, ranks), recipe, stream)
+    engine, ds_config = build_engine(recipe, ranks, eos_id=stream.tokenizer.eos_id)
+    resumption.load(engine)
+    index = resumption.index or {"step": 0}
+    routing = restored_state(index.get("routing"), recipe.model.moe, recipe.model.num_moe_layers)
+    progress = Progress(index["step"], routing, restored_guard(index.get("guard")))
+    with all_or_none():
+        folder = open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
+    run = Run(recipe, ranks, engine, stream, held_out, path, folder, index.get("origin"), total_steps)
+    return run, progress, resumption
+
+
 def _loop(run: Run, progress: Progress, *, data_state: Mapping[str, Any] | None, stop: StopSignal) -> Progress:
     """Update after update, from `progress` to the end of the run or to a stop; the last one is always saved."""
-    recipe, ranks, total = run.recipe, run.ranks, run.total_steps
-    every = recipe.monitor.gradient_ratio_every
+    recipe = run.recipe
     loader = Loader(
         run.stream,
-        rank=ranks.rank,
-        world=ranks.world,
+        rank=run.ranks.rank,
+        world=run.ranks.world,
         batch_rows=recipe.batch_rows,
         micro_batch_size=recipe.train.micro_batch_size,
+        start_step=progress.step,  # where no state says it: weights that another program has trained so far
         state=data_state,
         dtype=recipe.data.token_dtype,
     )
-    with loader, closing(run.stream):  # the stream first: the loader's thread may be waiting for it
-        while progress.step < total and not progress.stop:
+    first = progress.step + 1
+    # the stream first: the loader's thread may be waiting for it
+    with loader, closing(run.stream), closing(Saves(run)) as saves:
+        while progress.step < run.total_steps and not progress.stop:
             started = time.perf_counter()
-            result = update(
-                run.engine,
-                next(loader),
-                ranks,
-                rate=recipe.learning_rate(progress.step),
-                num_sources=len(run.stream.source_names),
-                stop=stop.requested,
-                routing=progress.routing,
-                seed=recipe.train.seed,
-                watch=every is not None and (progress.step + 1) % every == 0,
-            )
+            batches = next(loader)
+            result = _update(run, progress, batches, stop, ready=saves.ready)
             seconds = time.perf_counter() - started
-            progress = Progress(progress.step + 1, _steer(recipe, progress, result), result.stop)
+            if result.incident is not None:
+                _keep_rows(run, progress, result.incident, result.loss, batches)
+                if result.incident.action == "stop":
+                    saves.last(progress, loader.state(steps_back=1))
+                    raise BadUpdate(result.incident.reason)
+            progress = _after(recipe, progress, result)
             check_rows_drawn(run, result, progress.step)
-            last = progress.step == total
-            scores = _evaluate(run, progress) if last or progress.step % recipe.evaluation.every == 0 else {}
+            if progress.step == first or _is_due(recipe.safety.check_every, progress.step):
+                check_consistency(run.engine, batches, progress.step)
+            last = progress.step == run.total_steps
+            scores = _evaluate(run, progress) if last or _is_due(recipe.evaluation.every, progress.step) else {}
             record(run, progress, result, scores, seconds=seconds)
-            if last or progress.stop or progress.step % recipe.checkpoint.every == 0:
-                save(run, progress, loader)
+            if last or progress.stop:
+                saves.last(progress, loader.state())
+            else:
+                saves.after_update(progress, loader.state, all_ready=result.all_ready)
     return progress
+
+
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _update(
+    run: Run, progress: Progress, batches: Sequence[Batch], stop: StopSignal, *, ready: bool
+) -> UpdateResult:
+    """The update after `progress`."""
+    recipe = run.recipe
+    return update(
+        run.engine,
+        batches,
+        run.ranks,
+        rate=recipe.learning_rate(progress.step),
+        num_sources=len(run.stream.source_names),
+        stop=stop.requested,
+        routing=progress.routing,
+        seed=recipe.train.seed,
+        watch=_is_due(recipe.monitor.gradient_ratio_every, progress.step + 1),
+        guard=progress.guard,
+        safety=recipe.safety,
+        ready=ready,
+    )
+
+
+def _after(recipe: Recipe, progress: Progress, result: UpdateResult) -> Progress:
+    """Where the run is after an update; routing remembers none that was not taken."""
+    routing = progress.routing if result.incident else _steer(recipe, progress, result)
+    return Progress(progress.step + 1, routing, result.guard, result.stop)
+
+
+def _keep_rows(run: Run, progress: Progress, incident: Incident, loss: float, batches: Sequence[Batch]) -> None:
+    """Write the rows of an update that was not taken for `moepp replay`, and say what happened. Collective."""
+    facts = Facts(
+        step=incident.number,
+        reason=incident.reason,
+        loss=loss,
+        world=run.ranks.world,
+        eos_id=run.stream.tokenizer.eos_id,
+        recipe=run.recipe.model_dump(mode="json"),
+        routing=progress.routing.facts(),
+        source_names=list(run.stream.source_names),
+    )
+    problem = write_rows(rows_folder(run.path, incident.number), run.ranks.rank, batches, facts)
+    look = problem or f"look at its rows with: moepp replay {run.path} --step {incident.number}"
+    run.say(f"warning: {incident.reason}. {look}")
 
 
 def _steer(recipe: Recipe, progress: Progress, result: UpdateResult) -> RoutingState:
@@ -212,10 +269,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.set)
         train(recipe, path=options.run_dir or Path("runs") / recipe.name, resume=options.resume, stop=stop)
-    except (AgreedError, CheckpointError, NonFiniteError) as error:  # the same on every rank
+    except (AgreedError, CheckpointError, BadUpdate) as error:  # the same on every rank
         return _fail(str(error), says=_environment_number("RANK") == 0)
     except RecipeError as error:  # before the ranks have met: once a node
         return _fail(str(error), says=_environment_number("LOCAL_RANK") == 0)
+    except LostRankError as error:
+        return _fail(str(error), says=True)
     except DataError as error:  # while training: this rank's alone, the launcher ends the others
         return _fail(f"[rank {_environment_number('RANK')}] {error}", says=True)
     return 0

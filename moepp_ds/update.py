@@ -1,11 +1,16 @@
-"""One optimizer update: forward and backward for every micro batch, one look at all ranks' losses, then the step."""
+"""One optimizer update: forward and backward for every micro batch, one look at all ranks' losses, then the step.
+
+An update that the guard finds bad is not taken: DeepSpeed drops its gradients as it drops those that overflowed, and
+the next update is what it would have been had this one's rows never come.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,15 +19,26 @@ from torch import Tensor
 
 from data_pipeline.loader import Batch
 from moepp_ds.agreement import gather
+from moepp_ds.config import SafetyConfig
 from moepp_ds.controller import RoutingInputs, RoutingState
 from moepp_ds.engine import Ranks
 from moepp_ds.gradient_ratio import watch_routers
+from moepp_ds.guard import Guard, Kind, Verdict, judge_gradients, judge_losses
 from moepp_ds.model import ModelOutput
 from moepp_ds.statistics import RoutingStatistics, from_vector, to_vector
 
+NAMED_PLACES = 8
+"""Micro batches that a message names; the others are counted."""
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is no number; raised before the update it would have spoiled."""
+
+@dataclass(frozen=True)
+class Incident:
+    """An update that did not reach the weights. number: of the update, from 1. reason: with the ranks and rows."""
+
+    kind: Kind
+    action: Literal["skip", "stop"]
+    number: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -32,8 +48,10 @@ class UpdateResult:
     statistics: sums over all tokens of the update, on the host.
     gradient_ratio_L: of the balance loss's pull at each router to the rest; None where it was not asked for.
     source_rows: rows drawn from each source of the mixture.
-    grad_norm: before clipping; inf where a dynamic fp16 loss scale was too large and the update was skipped.
-    stop: some rank was asked to stop.
+    grad_norm: before clipping; inf where DeepSpeed did not take the step, the norm being unknown then.
+    guard: of the next update. incident: why this one was not taken, if the guard or its gradients forbade it; where a
+    dynamic fp16 loss scale was too large, which is nobody's fault, there is none.
+    stop: some rank was asked to stop. all_ready: every rank was ready.
     """
 
     loss: float
@@ -44,7 +62,10 @@ class UpdateResult:
     statistics: RoutingStatistics
     gradient_ratio_L: list[float] | None
     source_rows: list[int]
+    guard: Guard
+    incident: Incident | None
     stop: bool
+    all_ready: bool
 
 
 def update(
@@ -58,16 +79,57 @@ def update(
     routing: RoutingState = RoutingState(),
     seed: int = 0,
     watch: bool = False,
+    guard: Guard = Guard(),
+    safety: SafetyConfig = SafetyConfig(),
+    ready: bool = False,
 ) -> UpdateResult:
     """Do one update with learning rate `rate` from this rank's micro batches. Collective.
 
     routing, seed: what the forward passes are told (`controller.RoutingInputs`). watch: measure gradient_ratio_L.
-    Losses, counts and the answers of `stop` are summed over ranks in one small all-reduce before the step. Raises
-    NonFiniteError on every rank, with the weights as they were, when a loss or the gradient norm is not finite.
+    guard, safety: what judges the update. ready: what `all_ready` is about.
+    Losses, counts, and the answers `stop` and `ready`, are summed over ranks in one small all-reduce before the step.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
     told = routing.inputs(seed=seed, first_row=0, device=ranks.device)
+    outputs, squares_L2 = _run_batches(engine, batches, ranks, told, watch=watch)
+    source_rows = np.bincount(np.concatenate([batch.source_B for batch in batches]), minlength=num_sources)
+    sums = _sum_over_ranks(outputs, source_rows, squares_L2, flags=(stop(), ready))
+    loss, lm_loss, balance_loss, z_loss = (value / (len(batches) * ranks.world) for value in sums.losses_4)
+    number = engine.global_steps + 1
+    verdict = judge_losses(guard, safety, loss=loss, lm_loss=lm_loss)
+    bad_M: Tensor | None = None
+    if verdict.action == "apply":
+        engine.step()
+        if engine.optimizer.overflow and not engine.optimizer.dynamic_loss_scale:
+            verdict = judge_gradients(guard, safety)
+            bad_M = torch.stack([_has_bad_gradient(engine.module, batch, ranks, told) for batch in batches])
+    else:
+        bad_M = torch.stack([~output.loss.isfinite() | (output.lm_loss > verdict.bound) for output in outputs])
+        with _gradients_dropped(engine.optimizer):
+            engine.step()
+    if engine.optimizer.overflow:
+        _forget_sums(engine.optimizer)
+    return UpdateResult(
+        loss=loss,
+        lm_loss=lm_loss,
+        balance_loss=balance_loss,
+        z_loss=z_loss,
+        grad_norm=float(engine.get_global_grad_norm()),
+        statistics=sums.statistics,
+        gradient_ratio_L=sums.gradient_ratio_L,
+        source_rows=sums.source_rows,
+        guard=verdict.guard,
+        incident=None if bad_M is None else _incident(verdict, number, _name_rows(bad_M, batches)),
+        stop=sums.flags[0] > 0,
+        all_ready=sums.flags[1] == ranks.world,
+    )
+
+
+def _run_batches(
+    engine: Any, batches: Sequence[Batch], ranks: Ranks, told: RoutingInputs, *, watch: bool
+) -> tuple[list[ModelOutput], Tensor | None]:
+    """Forward and backward for each micro batch: their outputs without graph, and what watching the routers gave."""
     outputs: list[ModelOutput] = []
     squares_L2: Tensor | None = None
     for batch in batches:
@@ -81,30 +143,35 @@ def update(
         outputs.append(output)
         if watched is not None:
             squares_L2 = watched if squares_L2 is None else squares_L2 + watched
-    source_rows = np.bincount(np.concatenate([batch.source_B for batch in batches]), minlength=num_sources)
-    sums = _sum_over_ranks(outputs, source_rows, squares_L2, stop=stop())
-    loss, lm_loss, balance_loss, z_loss = (value / (len(batches) * ranks.world) for value in sums.losses_4)
-    number = engine.global_steps + 1
-    if not math.isfinite(loss):
-        bad_M = ~torch.stack([output.loss for output in outputs]).isfinite()
-        raise NonFiniteError(f"loss of update {number} is not finite: " + _name_rows(bad_M, batches))
-    engine.step()
-    if engine.optimizer.overflow and not engine.fp16_enabled():
-        bad_M = torch.stack([_has_bad_gradient(engine.module, batch, ranks, told) for batch in batches])
-        raise NonFiniteError(
-            f"gradient of update {number} is not finite although every loss is: " + _name_rows(bad_M, batches)
-        )
-    return UpdateResult(
-        loss=loss,
-        lm_loss=lm_loss,
-        balance_loss=balance_loss,
-        z_loss=z_loss,
-        grad_norm=float(engine.get_global_grad_norm()),
-        statistics=sums.statistics,
-        gradient_ratio_L=sums.gradient_ratio_L,
-        source_rows=sums.source_rows,
-        stop=sums.stop,
-    )
+    return outputs, squares_L2
+
+
+@contextmanager
+def _gradients_dropped(zero: Any) -> Iterator[None]:
+    """Inside, a step of DeepSpeed's optimizer drops its gradients by its own code for those that overflowed.
+
+    It moves no weight, moment or count of updates. The loss scale stays, too: these gradients say nothing about it.
+    """
+
+    def find_overflow(partition_gradients: bool = True) -> None:
+        zero.overflow = True
+
+    checks, zero.check_grad_overflow = zero.check_grad_overflow, True
+    zero.check_overflow, zero._update_scale = find_overflow, lambda has_overflow: None  # in front of the methods
+    try:
+        yield
+    finally:
+        zero.check_grad_overflow = checks
+        del zero.check_overflow, zero._update_scale
+
+
+def _forget_sums(zero: Any) -> None:
+    """Drop the sums of gradients over micro batches after a step that was not taken.
+
+    DeepSpeed 0.19.8 does so itself, but for an optimizer on the host: there the next update's would be added to them.
+    """
+    for group in zero.averaged_gradients:
+        zero.averaged_gradients[group] = None
 
 
 def _forward(model: Any, batch: Batch, ranks: Ranks, told: RoutingInputs) -> ModelOutput:
@@ -124,28 +191,28 @@ class _Sums:
     """Sums over micro batches and ranks; see UpdateResult."""
 
     losses_4: list[float]
-    stop: bool
+    flags: list[int]
     source_rows: list[int]
     statistics: RoutingStatistics
     gradient_ratio_L: list[float] | None
 
 
 def _sum_over_ranks(
-    outputs: Sequence[ModelOutput], source_rows: np.ndarray, squares_L2: Tensor | None, *, stop: bool
+    outputs: Sequence[ModelOutput], source_rows: np.ndarray, squares_L2: Tensor | None, *, flags: Sequence[bool]
 ) -> _Sums:
     """One all-reduce for everything: fp64 holds every count exactly."""
     losses_M4 = torch.stack([torch.stack([o.loss, o.lm_loss, o.balance_loss, o.z_loss]) for o in outputs]).double()
     statistics = torch.stack([to_vector(output.statistics) for output in outputs]).sum(dim=0)
-    host = losses_M4.new_tensor([float(stop), *source_rows.tolist()])
+    host = losses_M4.new_tensor([*map(float, flags), *source_rows.tolist()])
     squares = losses_M4.new_zeros(0) if squares_L2 is None else squares_L2.double().flatten()
     packed = torch.cat([losses_M4.sum(dim=0), host, statistics, squares])
     dist.all_reduce(packed)
     losses, host, statistics, squares = packed.cpu().split([4, len(host), len(statistics), len(squares)])
-    stops, *rows = host.tolist()
+    counts = [int(count) for count in host.tolist()]
     return _Sums(
         losses_4=losses.tolist(),
-        stop=stops > 0,
-        source_rows=[int(count) for count in rows],
+        flags=counts[: len(flags)],
+        source_rows=counts[len(flags) :],
         statistics=from_vector(statistics, outputs[0].statistics),
         gradient_ratio_L=None if squares_L2 is None else [_ratio(*pair) for pair in squares.view(-1, 2).tolist()],
     )
@@ -169,7 +236,7 @@ def _has_bad_gradient(model: torch.nn.Module, batch: Batch, ranks: Ranks, told: 
 
 
 def _name_rows(bad_M: Tensor, batches: Sequence[Batch]) -> str:
-    """The ranks and rows of the micro batches marked bad on any rank, and what to do. Collective."""
+    """The ranks and rows of the micro batches marked bad on any rank. Collective."""
     starts = [batch.row_start for batch, bad in zip(batches, bad_M.tolist()) if bad]
     rows = len(batches[0].tokens_BS1)
     places = [
@@ -177,7 +244,12 @@ def _name_rows(bad_M: Tensor, batches: Sequence[Batch]) -> str:
         for rank, bad_starts in enumerate(gather(starts))
         for start in bad_starts
     ]
-    return (
-        f"{', '.join(places) or 'an FFN expert, or the sum over ranks'}; the weights were not changed. Look at the "
-        "rows with `moepp-data show`, lower train.max_lr, or resume from an earlier checkpoint"
-    )
+    if len(places) > NAMED_PLACES:
+        places[NAMED_PLACES:] = [f"{len(places) - NAMED_PLACES} more micro batches"]
+    return ", ".join(places) or "an FFN expert, or the sum over ranks"
+
+
+def _incident(verdict: Verdict, number: int, places: str) -> Incident:
+    assert verdict.kind is not None and verdict.action != "apply"
+    reason = f"update {number} {verdict.reason}: {places}; the weights were not changed"
+    return Incident(verdict.kind, verdict.action, number, reason)

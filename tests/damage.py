@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from moepp_ds.checkpoint.files import read_index
 
@@ -16,7 +17,7 @@ def set_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     index = read_index(folder)
     change(index)
     content = {key: value for key, value in index.items() if key != "checksum"}
-    checksum = hashlib.blake2b(json.dumps(content, indent=1).encode(), digest_size=16).hexdigest()
+    checksum = xxhash.xxh3_128_hexdigest(json.dumps(content, indent=1).encode())
     (folder / "index.json").write_text(json.dumps({**content, "checksum": checksum}, indent=1) + "\n")
 
 

@@ -16,7 +16,6 @@ TWO_RANKS = [
     "same_layout_continues_digit_for_digit_in_bf16",
     "checkpoint_before_the_first_update",
     "loads_without_expert_parallelism",
-    "old_ones_that_do_not_say_what_they_hold_load",
     "weights_alone_go_on_with_a_new_optimizer",
 ]
 ONE_RANK = ["one_rank_loads_what_two_saved"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import re
@@ -24,6 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moepp_ds.checkpoint import CheckpointError
+from moepp_ds.checkpoint.chunks import chunk_ranges, digest
+from moepp_ds.checkpoint.errors import DamagedCheckpoint
 from moepp_ds.checkpoint.files import find_checkpoint, read_index
 from moepp_ds.checkpoint.weights import WeightReader
 from moepp_ds.checkpoint.writer import write_weights
@@ -196,7 +197,9 @@ PART = "part-00000.safetensors"
 def replace_part(folder: Path, content: bytes) -> None:
     """Put other bytes into the file of weights, with checksums that are right."""
     (folder / PART).write_bytes(content)
-    note = {"bytes": len(content), "chunks": [hashlib.blake2b(content, digest_size=16).hexdigest()]}
+    header = min(8 + int.from_bytes(content[:8], "little"), len(content))
+    chunks = [digest(content[start:stop]) for start, stop in chunk_ranges(header, len(content))]
+    note = {"bytes": len(content), "header": header, "chunks": chunks}
     set_index(folder, lambda index: index["files"].update({PART: note}))
 
 
@@ -207,8 +210,8 @@ def part_of(tmp_path: Path, tensors: dict[str, Tensor]) -> bytes:
 
 WHOLE = {"weight|a.weight|0": torch.zeros(12), "weight|b.experts.down_EFD|0": torch.zeros(20)}
 DAMAGE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "a byte": (lambda folder, _: flip(folder / PART, -3), f"{PART} does not match its checksums; use another"),
-    "its header": (lambda folder, _: flip(folder / PART, 12), f"{PART} does not match its checksums"),
+    "a byte": (lambda folder, _: flip(folder / PART, -3), f"{PART} does not match its checksums in bytes 4096 to 4224"),
+    "its header": (lambda folder, _: flip(folder / PART, 12), f"{PART} does not match its .* in bytes 0 to 4096; use"),
     "cut off": (lambda folder, _: os.truncate(folder / PART, 100), f"{PART} has 100 bytes instead of"),
     "no file": (lambda folder, _: (folder / PART).unlink(), f"{PART} is missing"),
     "no index": (lambda folder, _: (folder / "index.json").unlink(), "is no checkpoint: it holds no index.json"),
@@ -246,12 +249,14 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_found_when_it_is_opened(tmp_path: Path, name: str) -> None:
+def test_damage_is_found_when_it_is_opened_or_read(tmp_path: Path, name: str) -> None:
     damage, message = DAMAGE[name]
     folder = write(tmp_path / "checkpoints")
     damage(folder, tmp_path)
-    with pytest.raises(CheckpointError, match=message):
-        WeightReader(folder)
+    with pytest.raises(DamagedCheckpoint, match=message):
+        reader = WeightReader(folder)
+        for parameter in reader.shapes:
+            reader.read(parameter)
 
 
 def test_latest_names_a_checkpoint_or_is_refused(tmp_path: Path) -> None:

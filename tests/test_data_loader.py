@@ -208,9 +208,11 @@ def test_micro_batches_are_fixed_groups_of_consecutive_rows(made: Path) -> None:
 
 def test_state_counts_what_was_consumed_not_what_was_fetched(made: Path) -> None:
     with Loader(open_stream(config(made)), rank=0, world=1, batch_rows=4, micro_batch_size=4) as loader:
-        assert (loader.state()["step"], loader.state()["rows"]) == (0, 0)
+        before = loader.state()
+        assert (before["step"], before["rows"]) == (0, 0)
         next(loader)
         assert (loader.state()["step"], loader.state()["rows"]) == (1, 4)
+        assert loader.state(steps_back=1) == before
 
 
 def test_a_second_resume_goes_on_from_the_first(made: Path) -> None:

@@ -13,6 +13,7 @@ from deepspeed.runtime import constants
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION, DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
 from moepp_ds.config import Recipe, RecipeError, load_recipe
 from moepp_ds.ds_config import ACCEPTED, OWNED, deepspeed_config
@@ -38,6 +39,7 @@ def test_recipe_fills_in_what_it_owns(tmp_path: Path) -> None:
     assert deepspeed_config(recipe, 4) == {
         "zero_optimization": {"stage": 2},
         "communication_data_type": "fp32",
+        "zero_force_ds_cpu_optimizer": False,
         "train_batch_size": 32,
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
@@ -64,13 +66,19 @@ def test_one_precision_is_on_and_deepspeed_agrees(tmp_path: Path, precision: str
     assert known.zero_config.compute_grad_norm
 
 
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_shipped_files_are_accepted(file: Path) -> None:
-    precision = file.stem.rpartition("_")[2]
+@pytest.mark.parametrize(
+    ("file", "precision"),
+    [("zero2_bf16", "bf16"), ("zero2_fp32", "fp32"), ("zero2_offload", "bf16"), ("zero2_offload", "fp32")],
+)
+def test_shipped_files_are_accepted(file: str, precision: str) -> None:
+    assert {found.stem for found in SHIPPED} == {"zero2_bf16", "zero2_fp32", "zero2_offload"}
+    settings = (f"deepspeed={ROOT}/ds_configs/{file}.json", f"train.precision={precision}")
     recipe = load_recipe(
-        ROOT / "launch" / "recipes" / "quickstart.yaml", [f"deepspeed={file}", f"train.precision={precision}"]
+        ROOT / "launch" / "recipes" / "quickstart.yaml", [*settings, "parallel.expert_parallel=1"]
     )
-    assert deepspeed_config(recipe, 2)["zero_optimization"]["stage"] == 2
+    known = DeepSpeedConfig(deepspeed_config(recipe, 1))
+    assert known.zero_config.stage == 2
+    assert not known.zero_force_ds_cpu_optimizer  # an optimizer of torch's is taken with offload too
 
 
 GOOD = {"stage": 2}
@@ -158,6 +166,33 @@ GOOD = {"stage": 2}
             "zero_optimization.compute_grad_norm in {file}",
         ),
         (
+            {"zero_optimization": {**GOOD, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+            (
+                "zero_optimization.offload_optimizer.nvme_path in {file} is not a key this project gives DeepSpeed; "
+                "valid here: device, pin_memory"
+            ),
+        ),
+        (
+            {"zero_optimization": {**GOOD, "offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device in {file} is 'nvme': checkpoints and updates are proven",
+        ),
+        (
+            {"zero_optimization": {**GOOD, "offload_optimizer": {"divice": "cpu"}}},
+            "did you mean zero_optimization.offload_optimizer.device?",
+        ),
+        (
+            {"zero_optimization": {**GOOD, "offload_optimizer": "cpu"}},
+            "zero_optimization.offload_optimizer in {file} is 'cpu'; it is a section, written as an object",
+        ),
+        (
+            {"zero_optimization": {**GOOD, "offload_optimizer": {"device": "cpu", "pin_memory": "perhaps"}}},
+            "{file}: zero_optimization.offload_optimizer.pin_memory: Input should be a valid boolean",
+        ),
+        (
+            {"zero_optimization": {**GOOD, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param in {file} is not a key this project gives DeepSpeed; did you mean",
+        ),
+        (
             {"zero_optimization": GOOD, "communication_data_type": "bf17"},
             "communication_data_type in {file} is 'bf17'; use one of fp32, bf16, fp16",
         ),
@@ -219,6 +254,13 @@ def test_fp32_does_not_accumulate_in_less(tmp_path: Path) -> None:
         deepspeed_config(recipe, 2)
 
 
+def test_fp16_is_not_offloaded(tmp_path: Path) -> None:
+    config = {"zero_optimization": {**GOOD, "offload_optimizer": {"device": "cpu"}}}
+    recipe = recipe_with(tmp_path, config, ("train.precision=fp16",))
+    with pytest.raises(RecipeError, match="is 'cpu' with train.precision fp16: .*; use train.precision bf16$"):
+        deepspeed_config(recipe, 2)
+
+
 def test_a_json_that_went_away(tmp_path: Path) -> None:
     recipe = recipe_with(tmp_path, {"zero_optimization": GOOD})
     Path(recipe.deepspeed).unlink()
@@ -255,6 +297,7 @@ def test_installed_deepspeed_knows_every_accepted_and_owned_name() -> None:
     assert constants.GRAD_ACCUM_DTYPE in ACCEPTED["data_types"]
     for section, model in (
         ("zero_optimization", DeepSpeedZeroConfig),
+        ("zero_optimization.offload_optimizer", DeepSpeedZeroOffloadOptimizerConfig),
         ("fp16", DeepSpeedFP16Config),
         ("comms_logger", CommsLoggerConfig),
         ("csv_monitor", CSVConfig),

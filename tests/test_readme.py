@@ -6,13 +6,16 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, SampleShards
-from run_folders import GOLDEN_RECIPE
+from run_folders import GOLDEN_RECIPE, sets
 from transformers import MixtralConfig, MixtralForCausalLM
+
+from tests.programs.native_model import RUNS, settings
 
 CHECKED_BY_CI = {"bash launch/quickstart.sh", "bash tests/run.sh"}
 """Commands that .ci/run starts itself; running them from inside of the second would never end."""
@@ -46,10 +49,31 @@ def published_checkpoint(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.timeout(300)
+def native_checkpoint(folder: Path) -> tuple[Path, list[str]]:
+    """What DeepSpeed's own saver wrote, and the settings that make the golden recipe one of its model."""
+    command = [sys.executable, "-m", "tests.programs.native_runs", str(folder)]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, check=True, timeout=200)
+    (run,) = (run for run in RUNS if run.name == "hf-1")
+    return folder / run.name / "saved", sets(*settings(run))
+
+
+def bad_run(folder: Path) -> tuple[Path, str]:
+    """A run that a spike stopped, and the number of that update: any loss that rises is one."""
+    command = [sys.executable, "-m", "moepp_ds.train", GOLDEN_RECIPE, "--run-dir", str(folder)]
+    command += sets("safety.spike_above=1e-9", "safety.spike_window=8", "train.max_lr=0.05", "train.final_lr=0.05")
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, timeout=200)
+    assert done.returncode == 1
+    (rows,) = (folder / "replay").iterdir()
+    return folder, str(int(rows.name.removeprefix("step-")))
+
+
+@pytest.mark.timeout(400)
 def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None:
     """In README's order: what one command makes, the next one uses."""
     raw, small = sample_shards.raw, tmp_path / "shards"
+    native, of_native = native_checkpoint(tmp_path / "native")
+    bad, bad_step = bad_run(tmp_path / "bad")
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
     instead = {
         "TOKENIZER": str(raw / "tokenizer/tokenizer.model"),
         "--redpajama DIR": f"--redpajama {raw / 'redpajama'}",
@@ -57,6 +81,10 @@ def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None
         "--pile DIR": f"--pile {raw / 'pile'}",
         "--workers 8": "--workers 1 --held-out 0.1",
         "--num_gpus 8 launch/recipes/moepp_0.6b.yaml": f"--num_gpus 2 {GOLDEN_RECIPE}",
+        "HOSTFILE": str(tmp_path / "hosts"),
+        "--max_restarts 5 RECIPE": f"--max_restarts 5 {GOLDEN_RECIPE}",
+        "replay runs/NAME --step N": f"replay {bad} --step {bad_step}",
+        "FOLDER runs/continued --recipe RECIPE": f"{native} {tmp_path / 'native-run'} --recipe {GOLDEN_RECIPE}",
         "data/shards": str(small),
         "runs/NAME": str(tmp_path / "run"),
         "runs/": f"{tmp_path}/",
@@ -74,8 +102,10 @@ def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None
             line = line.replace(large, little)
         command = shlex.split(line)
         if "launch/train.sh" in command:
-            command += ["--run-dir", str(tmp_path / "run")]
+            command += ["--run-dir", str(tmp_path / ("run-of-hosts" if "--hostfile" in command else "run"))]
             command += [word for setting in [*shorter, *any_threshold] for word in ("--set", setting)]
+        if "import-deepspeed" in command:
+            command += of_native
         done = subprocess.run(
             command,
             cwd=ROOT,
@@ -86,7 +116,7 @@ def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         ran += 1
-    assert ran >= 11
+    assert ran >= 18
 
 
 def test_every_path_that_is_named_exists() -> None:

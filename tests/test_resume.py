@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from moepp_ds.config import RecipeError, load_recipe
-from moepp_ds.resume import choose_checkpoint, compare_runs
+from moepp_ds.resume import choose_checkpoints, compare_runs
 
 RECIPE = "tests/golden/golden.yaml"
 
 
-def hold_run(path: Path, *steps: int, latest: bool = True) -> None:
+def hold_run(path: Path, *steps: int) -> None:
     """A run folder with a record and complete-looking checkpoints."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -20,36 +20,38 @@ def hold_run(path: Path, *steps: int, latest: bool = True) -> None:
         folder = path / f"checkpoints/step-{step:08d}"
         folder.mkdir(parents=True)
         (folder / "index.json").write_text("{}")
-    if steps and latest:
+    if steps:
         (path / "checkpoints/latest").write_text(f"step-{steps[-1]:08d}\n")
 
 
 def test_where_to_go_on(tmp_path: Path) -> None:
+    """The newest first, and then what would do if that is damaged."""
     empty, run, early = tmp_path / "empty", tmp_path / "run", tmp_path / "early"
     hold_run(run, 5, 10)
     hold_run(early)  # killed before its first checkpoint
-    assert choose_checkpoint(empty, "none") is None
-    assert choose_checkpoint(empty, "auto") is None
-    assert choose_checkpoint(early, "auto") is None
-    assert choose_checkpoint(run, "auto") == run / "checkpoints/step-00000010"
-    older = run / "checkpoints/step-00000005"
-    assert choose_checkpoint(run, str(older)) == older
-    assert choose_checkpoint(empty, str(older)) == older  # a new run that begins there
-    assert choose_checkpoint(empty, str(run)) == run / "checkpoints/step-00000010"
-    assert choose_checkpoint(run, str(run / "checkpoints")) == run / "checkpoints/step-00000010"
+    assert choose_checkpoints(empty, "none") == []
+    assert choose_checkpoints(empty, "auto") == []
+    assert choose_checkpoints(early, "auto") == []
+    older, newest = (run / f"checkpoints/step-{step:08d}" for step in (5, 10))
+    assert choose_checkpoints(run, "auto") == [newest, older]
+    assert choose_checkpoints(run, str(older)) == [older]  # what is named is what is meant
+    assert choose_checkpoints(empty, str(older)) == [older]  # a new run that begins there
+    assert choose_checkpoints(empty, str(run)) == [newest, older]
+    assert choose_checkpoints(run, str(run / "checkpoints")) == [newest, older]
+    (run / "checkpoints/latest").write_text("step-00000005\n")
+    assert choose_checkpoints(run, "auto") == [older]  # the other one was left behind
+    (run / "checkpoints/latest").unlink()  # killed before the first `latest`
+    assert choose_checkpoints(run, "auto") == [newest, older]
 
 
 def test_no_record_is_overwritten(tmp_path: Path) -> None:
-    run, other, lost = tmp_path / "run", tmp_path / "other", tmp_path / "lost"
+    run, other = tmp_path / "run", tmp_path / "other"
     hold_run(run, 5)
     hold_run(other, 7)
-    hold_run(lost, 5, latest=False)
     with pytest.raises(RecipeError, match="already holds a run; continue it with --resume auto, or name another"):
-        choose_checkpoint(run, "none")
+        choose_checkpoints(run, "none")
     with pytest.raises(RecipeError, match="already holds a run, and .*other.* is no checkpoint of it"):
-        choose_checkpoint(run, str(other / "checkpoints/step-00000007"))
-    with pytest.raises(RecipeError, match="holds checkpoints but no file `latest`; name one with --resume PATH"):
-        choose_checkpoint(lost, "auto")
+        choose_checkpoints(run, str(other / "checkpoints/step-00000007"))
 
 
 def test_what_may_change(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from moepp_ds.supervisor.hosts import read_hostfile
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"])
+SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
 
 
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -73,3 +75,52 @@ def test_setup_env_names_a_python_that_is_too_old(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert f"setup: {old} is older than Python 3.10" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_example_of_a_hostfile_is_one() -> None:
+    hosts = read_hostfile(ROOT / "launch" / "hostfile.example")
+    assert [(host.name, host.slots) for host in hosts] == [(f"node-0{number}", 8) for number in (1, 2, 3, 4)]
+
+
+# What SLURM's commands do as far as the script sees: srun runs its command once a node, here says it.
+SLURM = {
+    "scontrol": """
+case "$1 $2" in
+    "show hostnames") printf 'node-%s\\n' 1 2 ;;
+    requeue*) echo "requeued $2" ;;
+esac
+""",
+    "srun": 'cat .hostfile-7\necho "srun $*"\nexit "$CODE"\n',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """A project folder and a path on which SLURM's commands are."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "train.sh").touch()
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node-[1-2]"}
+    return {**job, "SLURM_GPUS_ON_NODE": "4", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True)])
+def test_slurm_starts_a_supervisor_a_node_and_requeues_what_was_stopped(
+    slurm: dict[str, str], code: int, requeued: bool
+) -> None:
+    done = run("bash", "launch/slurm.sbatch", "r.yaml", "--set", "a=b c", **slurm, CODE=str(code), MIN_NODES="1")
+    assert done.returncode == code
+    lines = done.stdout.splitlines()
+    assert lines[:2] == ["node-1 slots=4", "node-2 slots=4"]
+    assert "bash launch/train.sh --hostfile" in lines[2] and lines[2].endswith("r.yaml --set a=b c --resume auto")
+    assert "--no_ssh --node_rank auto --max_restarts 5 --stop_grace 840 --min_nodes 1 r.yaml" in lines[2]
+    assert ("requeued 7" in lines) == requeued
+    assert not Path(slurm["SLURM_SUBMIT_DIR"], ".hostfile-7").exists()
+
+
+def test_slurm_says_how_to_submit(slurm: dict[str, str]) -> None:
+    assert "usage: sbatch" in run("bash", "launch/slurm.sbatch", **slurm).stderr
+    done = run("bash", "launch/slurm.sbatch", "r.yaml", **{**slurm, "SLURM_SUBMIT_DIR": "/"})
+    assert (done.returncode, "error: / is not the project's folder" in done.stderr) == (2, True)

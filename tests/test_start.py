@@ -19,7 +19,7 @@ from moepp_ds.checkpoint.shapes import global_shapes
 from moepp_ds.checkpoint.weights import WeightReader
 from moepp_ds.config import RecipeError, load_recipe
 from moepp_ds.controller import RoutingState, restored_state
-from moepp_ds.resume import choose_checkpoint
+from moepp_ds.resume import choose_checkpoints
 from moepp_ds.start import write_start
 
 
@@ -44,7 +44,7 @@ def test_what_a_start_holds(tmp_path: Path) -> None:
     assert index["kinds"] == ["weight"] and index["loss_scaler"] == {"dynamic": False}
     assert index["recipe"] == golden_recipe().model_dump(mode="json")
     assert index["versions"].keys() == {"torch", "moepp_ds"}
-    assert choose_checkpoint(tmp_path / "run", "auto") == tmp_path / "run" / folder
+    assert choose_checkpoints(tmp_path / "run", "auto")[0] == tmp_path / "run" / folder
     reader = WeightReader(tmp_path / "run" / folder)
     for name, parameter in model.named_parameters():
         assert torch.equal(reader.read(name), parameter.detach().flatten())

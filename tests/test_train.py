@@ -166,16 +166,20 @@ def _refused_resume_leaves_no_trace(run: Path, environment: dict[str, str]) -> N
 def test_a_loss_that_is_no_number_stops_before_the_update(
     launch_deepspeed: LaunchDeepspeed, tmp_path: Path
 ) -> None:
-    """With an absurd learning rate the run names update, ranks and rows, and does not save what it spoiled."""
+    """With an absurd learning rate the run names update, ranks and rows, and saves what was before that update."""
     arguments = [GOLDEN_RECIPE, "--run-dir", str(tmp_path / "run")]
     settings = ["parallel.expert_parallel=2", "train.max_lr=1e30", "train.warmup_steps=0"]
     settings.append("train.precision=bf16")
     done = launch_deepspeed(2, "moepp_ds.train", arguments + sets(*settings))
     assert done.returncode != 0
-    assert "is not finite" in done.stdout and "the weights were not changed" in done.stdout
+    assert "not finite" in done.stdout and "the weights were not changed" in done.stdout
     assert "rank 0 rows" in done.stdout and "rank 1 rows" in done.stdout
-    assert status(tmp_path / "run")["state"] == "failed"
-    assert not (tmp_path / "run/checkpoints/latest").exists()
+    ended = status(tmp_path / "run")
+    assert (ended["state"], ended["step"], ended["restart"]) == ("failed", 1, False)
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "step-00000001\n"
+    assert {file.name for file in (tmp_path / "run/replay/step-00000002").iterdir()} == {
+        *("facts.json", "rank-00000-of-00002.safetensors", "rank-00001-of-00002.safetensors")
+    }
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ rank that loads reads whatever ranges it now owns.
 
     checkpoints/step-00000200/            made as .step-00000200.partial, renamed when complete
         index.json                        format, step, recipe, data position, parameter sizes, kinds stored,
-                                          checksums of every file and of itself
+                                          fingerprints of every weight and FFN expert, checksums of every chunk
+                                          of every file, and of itself
         rank-00000-of-00002.safetensors   tensors `weight|<name>|<start>`, `exp_avg|...`, `exp_avg_sq|...`,
                                           all of them 1-D and fp32
     checkpoints/latest                    the name of the newest complete one
@@ -17,10 +18,15 @@ A checkpoint may hold weights alone, as one made from another model's weights do
 part-00000.safetensors and so on): a run goes on from it with an optimizer that is new.
 
 What fails on one rank fails on all: a save that fails leaves the checkpoints before it as they were, and a
-load that is refused has changed nothing. No file holds a pickle, and loading runs no code from the files.
+load that is refused can be tried again with another checkpoint. No file holds a pickle, and loading runs no code.
 
-* `files`     the format on disk
+* `chunks`    files in chunks with checksums, proven when written and checked when read
+* `tensors`   tensors in such files, by parameter and range
+* `files`     a checkpoint's folder and index
 * `shapes`    the parameters that a recipe's model has
+* `fingerprints` of weights and experts, added up over ranks
+* `verify`    all that is wrong with a checkpoint
+* `compare`   what differs between two
 * `writer`    a checkpoint of weights alone, from one process, piece by piece
 * `weights`   the weights of a checkpoint, read by one process without an engine
 * `fragments` the live optimizer as fragments, the one part that knows DeepSpeed's
@@ -29,6 +35,6 @@ load that is refused has changed nothing. No file holds a pickle, and loading ru
 
 from __future__ import annotations
 
-from moepp_ds.checkpoint.errors import CheckpointError
+from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
 
-__all__ = ["CheckpointError"]
+__all__ = ["CheckpointError", "DamagedCheckpoint"]

@@ -1,70 +1,232 @@
-"""Saving and loading on all ranks together: the engine's fragments to files, and files to the engine's fragments."""
+"""Saving and loading on all ranks together: the engine's fragments to files, and files to the engine's fragments.
+
+Saving
+1. Prepare  rank 0 clears what an earlier attempt left, and every rank makes the folder `.step-N.partial`.
+2. Write    each rank its own file, from the live tensors or, in the background, on a thread from a copy in host
+            memory; fsynced, and proven by reading it back. Nobody waits for another rank here.
+3. Publish  when all ranks have written, rank 0 writes the index, renames the folder, moves `latest`, and deletes
+            what is too old.
+
+Loading
+1. All ranks see the same index, of the same model; every file is there, and every parameter as a whole.
+2. Each rank reads the chunks that hold its fragments, each checked when it is read.
+3. The fingerprint of every parameter and expert, added up from what the ranks then hold, is the stored one.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moepp_ds.agreement import agreed_message, all_or_none, gather
-from moepp_ds.checkpoint.errors import CheckpointError
+from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from moepp_ds.checkpoint.files import (
     KINDS,
-    check_whole,
-    delete_old,
-    find_pieces,
+    delete,
     publish,
     read_index,
-    read_range,
+    set_aside_old,
     shape_differences,
     stored_kinds,
-    verify_files,
-    write_fragments,
     write_index,
 )
-from moepp_ds.checkpoint.fragments import optimizer_facts, owned_fragments, restore_optimizer_facts
+from moepp_ds.checkpoint.fingerprints import Fingerprints
+from moepp_ds.checkpoint.fragments import Fragment, optimizer_facts, owned_fragments, restore_optimizer_facts
 from moepp_ds.checkpoint.shapes import global_shapes
+from moepp_ds.checkpoint.tensors import StoredTensors, Wanted, write_fragments
+
+Tensors = dict[tuple[str, str, int], Tensor]
+"""Fragments by (kind, parameter, start)."""
 
 
-def save_checkpoint(engine: Any, root: Path, *, step: int, facts: Mapping[str, Any], keep: int) -> Path:
-    """Write a checkpoint of update `step` from all ranks; return its folder. Collective.
+class _Write(Thread):
+    """One rank's part of a save: its file and its fingerprints. Run in place, or started to go on by itself."""
 
-    facts: what else belongs to the run (recipe, data position, versions), stored in the index as JSON.
-    keep: complete checkpoints that stay, this one included; older ones are deleted after `latest` has moved, and a
-    warning tells of those that cannot be.
-    Raises CheckpointError on every rank when one of them cannot write; earlier checkpoints stay as they are.
+    def __init__(self, file: Path, tensors: Tensors, content: Mapping[str, Any]) -> None:
+        super().__init__(name="checkpoint-write", daemon=True)
+        self.file, self.content = file, content
+        self.note: dict[str, Any] = {}
+        self.fingerprints = Fingerprints(content["parameters"])
+        self.problem: Exception | None = None
+        self._tensors = tensors
+
+    def run(self) -> None:
+        try:
+            for (kind, name, start), tensor in self._tensors.items():
+                if kind == "weight":
+                    self.fingerprints.add(name, start, tensor)
+            self.note = write_fragments(self.file, self._tensors)
+        except Exception as error:  # raised on all ranks by `Saver.complete`
+            self.problem = error
+
+
+class Saver:
+    """Writes a run's checkpoints under `root`. All ranks make one and call it alike; what they call is collective.
+
+    last: the newest checkpoint that this saver has published.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
-    file = partial / f"rank-{rank:05d}-of-{world:05d}.safetensors"
-    try:
-        with all_or_none(CheckpointError):
-            if rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-        with all_or_none(CheckpointError):
-            partial.mkdir(parents=True, exist_ok=True)
-            tensors = {
-                (kind, fragment.name, fragment.start): tensor
-                for fragment in owned_fragments(engine)
-                for kind, tensor in fragment.tensors.items()
-            }
-            note = write_fragments(file, tensors)
-        files = dict(gather((file.name, note)))  # not from the folder's listing, which another node may see late
-        with all_or_none(CheckpointError):
-            if rank == 0:
-                content = {"step": step, **optimizer_facts(engine), **facts}
-                shapes = global_shapes(engine.module.config)
-                write_index(partial, {**content, "kinds": KINDS, "parameters": shapes}, files)
-                publish(partial, final)
-                delete_old(final, keep=keep)
-    except CheckpointError as error:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"no checkpoint of update {step}: {error}") from error
-    return final
+
+    def __init__(self, engine: Any, root: Path, *, keep: int, background: bool = False) -> None:
+        """keep: complete checkpoints that stay, the newest included. background: whether training goes on meanwhile.
+
+        In the background this rank's fragments are copied to host memory, which is taken here, for good.
+        """
+        self.last: Path | None = None
+        self._engine, self._root, self._keep = engine, root, keep
+        self._shapes = global_shapes(engine.module.config)
+        self._copies = _HostCopies(_live_tensors(engine)) if background else None
+        self._write: _Write | None = None
+        self._cleaner: Thread | None = None
+
+    def save(self, *, step: int, facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint of update `step`. In the background it is published by a later `complete`. Collective.
+
+        facts: what else belongs to the run (recipe, data position, versions), stored in the index as JSON.
+        Raises CheckpointError on every rank when one of them cannot write; earlier checkpoints stay as they are, and
+        nothing is left of this one. So does the end of a save before it that was not completed yet.
+        """
+        self.complete()
+        self._join_cleaner()
+        partial = self._root / f".step-{step:08d}.partial"
+        with self._undone_on_failure(step):
+            with all_or_none(CheckpointError):
+                if dist.get_rank() == 0:
+                    shutil.rmtree(partial, ignore_errors=True)
+            with all_or_none(CheckpointError):
+                partial.mkdir(parents=True, exist_ok=True)
+                tensors = _live_tensors(self._engine)
+                if self._copies is not None:
+                    tensors = self._copies.take(tensors)
+                content = {"step": step, **optimizer_facts(self._engine), **deepcopy(dict(facts)), **self._layout()}
+                file = f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
+                self._write = _Write(partial / file, tensors, content)
+        assert self._write is not None
+        if self._copies is not None:
+            self._write.start()
+        else:
+            self._write.run()
+            self.complete()
+
+    @property
+    def ready(self) -> bool:
+        """Whether this rank's background write has ended, well or not, and waits for `complete`."""
+        return self._write is not None and not self._write.is_alive()
+
+    def complete(self) -> Path | None:
+        """Wait for what is being written, publish it, and return its folder; None if there is nothing. Collective.
+
+        Raises CheckpointError on every rank when one of them could not write.
+        """
+        if self._write is None:
+            return None
+        write, self._write = self._write, None
+        if write.is_alive():
+            write.join()
+        partial, step = write.file.parent, write.content["step"]
+        final = partial.with_name(f"step-{step:08d}")
+        with self._undone_on_failure(step):
+            with all_or_none(CheckpointError):
+                if write.problem is not None:
+                    raise write.problem
+            # Not from the folder's listing, which another node may see late.
+            gathered = gather((write.file.name, write.note, write.fingerprints.sums))
+            with all_or_none(CheckpointError):
+                if dist.get_rank() == 0:
+                    whole = Fingerprints(self._shapes)
+                    whole.add_sums(sums for _, _, sums in gathered)
+                    content = {**write.content, "fingerprints": whole.facts()}
+                    write_index(partial, content, {name: note for name, note, _ in gathered})
+                    publish(partial, final)
+                    self._delete_old(final)
+        self.last = final
+        return final
+
+    def close(self) -> None:
+        """Wait for this rank's threads and give its memory back. A save that was not completed is not published."""
+        if self._write is not None and self._write.is_alive():
+            self._write.join()
+        self._join_cleaner()
+        if self._copies is not None:
+            self._copies.close()
+
+    def _layout(self) -> dict[str, Any]:
+        layout = {"world": dist.get_world_size(), "zero_stage": self._engine.zero_optimization_stage()}
+        return {"kinds": list(KINDS), "layout": layout, "parameters": self._shapes}
+
+    @contextmanager
+    def _undone_on_failure(self, step: int) -> Iterator[None]:
+        """Say which save failed, and leave nothing of it; all ranks come here or none."""
+        try:
+            yield
+        except CheckpointError as error:
+            self._write = None
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._root / f".step-{step:08d}.partial", ignore_errors=True)
+            raise CheckpointError(f"no checkpoint of update {step}: {error}") from error
+
+    def _delete_old(self, newest: Path) -> None:
+        self._join_cleaner()
+        old = set_aside_old(newest, keep=self._keep)
+        if self._copies is None:
+            delete(old)
+        else:  # gigabytes may take a while
+            self._cleaner = Thread(target=delete, args=(old,), name="checkpoint-clean", daemon=True)
+            self._cleaner.start()
+
+    def _join_cleaner(self) -> None:
+        if self._cleaner is not None:
+            self._cleaner.join()
+            self._cleaner = None
+
+
+def _live_tensors(engine: Any) -> Tensors:
+    return {
+        (kind, fragment.name, fragment.start): tensor.detach()
+        for fragment in owned_fragments(engine)
+        for kind, tensor in fragment.tensors.items()
+    }
+
+
+class _HostCopies:
+    """Host memory for one copy of this rank's fragments, page-locked where they come from a GPU."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._flat = torch.empty(sum(tensor.numel() for tensor in tensors.values()))
+        self._flat.fill_(0.0)  # the system gives memory when it is written to: now, rather than during the first save
+        self._locked = any(tensor.is_cuda for tensor in tensors.values()) and self._lock()
+
+    def _lock(self) -> bool:
+        """Page-lock the memory as it is: PyTorch's own pinned memory comes in powers of two."""
+        problem = torch.cuda.cudart().cudaHostRegister(self._flat.data_ptr(), self._flat.nbytes, 0)
+        if int(problem):
+            warnings.warn("host memory for background saves cannot be page-locked: copies take longer", stacklevel=2)
+        return not int(problem)
+
+    def take(self, tensors: Tensors) -> Tensors:
+        """Copy the tensors; what is returned is overwritten by the next call."""
+        sizes = [tensor.numel() for tensor in tensors.values()]
+        copies = dict(zip(tensors, self._flat.split(sizes)))
+        for key, tensor in tensors.items():
+            copies[key].copy_(tensor, non_blocking=self._locked)
+        if self._locked:
+            torch.cuda.synchronize()
+        return copies
+
+    def close(self) -> None:
+        if self._locked:
+            torch.cuda.cudart().cudaHostUnregister(self._flat.data_ptr())
+            self._locked = False
+        self._flat = torch.empty(0)
 
 
 def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any]:
@@ -72,34 +234,59 @@ def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any]:
 
     From a checkpoint of weights alone the optimizer starts as a new one: moments of zero, no update counted.
 
-    Before anything is changed, the ranks are found to see the same checkpoint, every file is checked against its
-    checksums (each rank checks its share of the files), and every parameter is found to be there as a whole.
-    Raises CheckpointError on every rank. A load that is refused by these checks has changed nothing; one that fails
-    after them, reading, leaves some fragments changed: the engine cannot be used then.
+    Raises on every rank DamagedCheckpoint where another checkpoint of the run may be whole, and CheckpointError where
+    it would not help: one of another model, ranks that see different ones. The index, the sizes of all files and that
+    no fragment is missing are checked before anything is changed. A chunk that is damaged is found when it is read;
+    the engine has then been changed in part, and is whole again once another checkpoint has been loaded.
     """
     shapes = global_shapes(engine.module.config)
-    with all_or_none(CheckpointError):
+    with _all_undamaged():
         index = read_index(folder)
         if shapes != index["parameters"]:
             differences = shape_differences(index["parameters"], shapes)
             raise CheckpointError(f"{folder} holds another model:\n{differences}")
     _check_same_for_all(folder, index)
-    with all_or_none(CheckpointError):
-        verify_files(folder, index["files"], rank=dist.get_rank(), world=dist.get_world_size())
-    with all_or_none(CheckpointError):
-        kinds, pieces = stored_kinds(index), find_pieces(folder, index["files"])
-        check_whole(pieces, shapes, kinds)
-    with all_or_none(CheckpointError):
-        for fragment in owned_fragments(engine):
-            for kind, tensor in fragment.tensors.items():
-                if kind in kinds:
-                    read_range(tensor, fragment.start, pieces[kind, fragment.name])
-                else:
-                    tensor.zero_()
+    with _all_undamaged():
+        kinds, stored = stored_kinds(index), StoredTensors(folder, index["files"])
+        stored.check_whole(shapes, kinds)
+    with _all_undamaged():
+        fragments = list(owned_fragments(engine))
+        stored.read(_wanted(fragments, kinds))
         restore_optimizer_facts(engine, index)
+        found = Fingerprints(shapes)
+        for fragment in fragments:
+            found.add(fragment.name, fragment.start, fragment.tensors["weight"])
+    whole = Fingerprints(shapes)
+    whole.add_sums(gather(found.sums))
+    with _all_undamaged():
+        whole.check(index["fingerprints"])
     engine.optimizer.update_lp_params()
     engine.global_steps = index["step"]
     return index
+
+
+def _wanted(fragments: Iterable[Fragment], kinds: tuple[str, ...]) -> Iterator[Wanted]:
+    """What a rank reads of a checkpoint; moments that it does not have become zero."""
+    for fragment in fragments:
+        for kind, tensor in fragment.tensors.items():
+            if kind in kinds:
+                yield Wanted(kind, fragment.name, fragment.start, tensor)
+            else:
+                tensor.zero_()
+
+
+@contextmanager
+def _all_undamaged() -> Iterator[None]:
+    """As `all_or_none`; what is raised is a DamagedCheckpoint if it is one for some rank. Collective."""
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    damaged = any(gather(isinstance(own, DamagedCheckpoint)))
+    with all_or_none(DamagedCheckpoint if damaged else CheckpointError):
+        if own is not None:
+            raise own
 
 
 def _check_same_for_all(folder: Path, index: Mapping[str, Any]) -> None:

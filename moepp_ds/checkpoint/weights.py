@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from moepp_ds.checkpoint.errors import CheckpointError
-from moepp_ds.checkpoint.files import check_whole, find_pieces, read_index, read_range, verify_files
+from moepp_ds.checkpoint.files import read_index
+from moepp_ds.checkpoint.fingerprints import Fingerprints
+from moepp_ds.checkpoint.tensors import StoredTensors, Wanted
 from moepp_ds.config.errors import nearest
 
 
@@ -20,19 +22,22 @@ class WeightReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Check all of it: the index, the size and the checksums of every file, and that no weight is missing.
+        """Check the index, that every file is there in its size, and that no weight is missing.
 
-        Raises CheckpointError. Reading for the checksums is the one time that all files are read whole.
+        Raises DamagedCheckpoint.
         """
         self.folder = folder
         self.index = read_index(folder)
         self.shapes: dict[str, list[int]] = self.index["parameters"]
-        verify_files(folder, self.index["files"], rank=0, world=1)
-        self._pieces = find_pieces(folder, self.index["files"])
-        check_whole(self._pieces, self.shapes, ("weight",))
+        self._stored = StoredTensors(folder, self.index["files"])
+        self._stored.check_whole(self.shapes, ("weight",))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements start..stop (all when None) of the flattened global parameter: a new 1-D fp32 tensor on the CPU."""
+        """Elements start..stop (all when None) of the flattened global parameter: a new 1-D fp32 tensor on the CPU.
+
+        What is read for it is checked, and a parameter that is read whole is compared with its fingerprints.
+        Raises DamagedCheckpoint, or CheckpointError for what was never there.
+        """
         if name not in self.shapes:
             meant = nearest(name, self.shapes)
             hint = f"; did you mean {meant}?" if meant else ""
@@ -45,5 +50,9 @@ class WeightReader:
                 "a range must lie inside"
             )
         values = torch.empty(stop - start, dtype=torch.float32)
-        read_range(values, start, self._pieces["weight", name])
+        self._stored.read([Wanted("weight", name, start, values)])
+        if len(values) == size:
+            found = Fingerprints({name: self.shapes[name]})
+            found.add(name, 0, values)
+            found.check(self.index["fingerprints"])
         return values

@@ -1,8 +1,8 @@
-"""A checkpoint of weights alone, written by one process from pieces that come one after another.
+"""A checkpoint of given weights, and moments if there are any, written by one process from pieces one after another.
 
 1. Place   each piece is a range of a parameter; it must lie inside, and where nothing was yet.
 2. Collect pieces as fp32 until a file's worth is there; longer ones are cut. No more than that is in memory.
-3. Write   part-00000.safetensors and so on, each compared with what was meant when it is on the disk.
+3. Write   part-00000.safetensors and so on, each read back and compared when it is on the disk.
 4. Publish when every element of every parameter has come: the index, the name, and then `latest`.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 from bisect import bisect, insort
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from moepp_ds.checkpoint.errors import CheckpointError
-from moepp_ds.checkpoint.files import publish, write_fragments, write_index
+from moepp_ds.checkpoint.files import KINDS, publish, write_index
+from moepp_ds.checkpoint.fingerprints import Fingerprints
+from moepp_ds.checkpoint.tensors import write_fragments
 from moepp_ds.config.errors import nearest
 
 FILE_BYTES = 2**30
@@ -39,12 +42,14 @@ def write_weights(
     shapes: Mapping[str, list[int]],
     step: int,
     facts: Mapping[str, Any],
+    moments: Iterable[tuple[str, str, int, Tensor]] | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> Path:
     """Write root/step-XXXXXXXX from `pieces`, make it the latest, and return it.
 
     pieces: (parameter name, first element in the flattened parameter, tensor of any floating dtype and shape), in any
     order; together they must be every element of `shapes` once. facts: what else the index holds, as JSON.
+    moments: (kind, and the rest as in a piece); each of the two kinds must be every element of `shapes` once, too.
     Raises CheckpointError for a piece of no parameter, outside of it, over another one, or with values that are not
     finite, and at the end for all parameters that lack elements. Whatever fails, no checkpoint is left behind.
     """
@@ -52,14 +57,20 @@ def write_weights(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        placed = _Placed(shapes)
+        kinds = KINDS[:1] if moments is None else KINDS
+        placed, fingerprints = {kind: _Placed(shapes) for kind in kinds}, Fingerprints(shapes)
+        named = chain((("weight", *piece) for piece in pieces), moments or ())
         files: dict[str, Any] = {}
-        for batch in _in_batches(_parts(pieces, placed, file_bytes // 4), file_bytes):
+        for batch in _in_batches(_parts(named, placed, file_bytes // 4), file_bytes):
             file = partial / f"part-{len(files):05d}.safetensors"
             files[file.name] = write_fragments(file, batch)
-        placed.check_complete()
-        content = {"step": step, **NEW_OPTIMIZER, **facts, "kinds": ["weight"], "parameters": dict(shapes)}
-        write_index(partial, content, files)
+            for (kind, name, start), values in batch.items():
+                if kind == "weight":
+                    fingerprints.add(name, start, values)
+        for kind in kinds:
+            placed[kind].check_complete()
+        content = {"step": step, **NEW_OPTIMIZER, **facts, "kinds": kinds, "parameters": dict(shapes)}
+        write_index(partial, {**content, "fingerprints": fingerprints.facts()}, files)
         publish(partial, final)
     except OSError as error:
         raise CheckpointError(f"{final} cannot be written: {error}; free its disk or name another folder") from error
@@ -69,19 +80,19 @@ def write_weights(
 
 
 def _parts(
-    pieces: Iterable[tuple[str, int, Tensor]], placed: _Placed, most: int
+    pieces: Iterable[tuple[str, str, int, Tensor]], placed: Mapping[str, _Placed], most: int
 ) -> Iterator[tuple[tuple[str, str, int], Tensor]]:
     """The pieces in parts of at most `most` elements, as fp32 tensors of their own, by their key in a file."""
-    for name, start, tensor in pieces:
+    for kind, name, start, tensor in pieces:
         if not tensor.is_floating_point():
             raise CheckpointError(f"{name} comes as {tensor.dtype}; weights must be floating point numbers")
-        placed.add(name, start, tensor.numel())
+        placed[kind].add(name, start, tensor.numel())
         for number, part in enumerate(tensor.detach().flatten().split(most)):
             own = part.to("cpu", torch.float32, copy=True)  # the giver may use its memory again
             if not own.isfinite().all():
-                raise CheckpointError(f"{name} has values that are not finite numbers in fp32; look at its source")
+                raise CheckpointError(f"{kind} of {name} has values that are not finite numbers in fp32; look at its source")
             if len(own):
-                yield ("weight", name, start + number * most), own
+                yield (kind, name, start + number * most), own
 
 
 def _in_batches(

@@ -29,6 +29,7 @@ from moepp_ds.config.model import ModelConfig
 from moepp_ds.config.moe import MoEConfig
 from moepp_ds.config.recipe import Recipe
 from moepp_ds.config.routing import ControllerConfig, RouterConfig
+from moepp_ds.config.safety import SafetyConfig
 from moepp_ds.config.training import CheckpointConfig, EvaluationConfig, MonitorConfig, ParallelConfig, TrainConfig
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RouterConfig",
+    "SafetyConfig",
     "TrainConfig",
     "controller_rate",
     "count_parameters",

@@ -18,6 +18,7 @@ from moepp_ds.config.derived import (
     scheduled_learning_rate,
 )
 from moepp_ds.config.model import ModelConfig
+from moepp_ds.config.safety import SafetyConfig
 from moepp_ds.config.section import Section
 from moepp_ds.config.training import CheckpointConfig, EvaluationConfig, MonitorConfig, ParallelConfig, TrainConfig
 
@@ -52,6 +53,9 @@ class Recipe(Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When the run is saved."""
+
+    safety: SafetyConfig = SafetyConfig()
+    """What the run looks out for, and what it does about it."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """When held-out text is scored."""

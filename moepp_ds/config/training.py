@@ -65,6 +65,9 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False
     """Whether blocks are recomputed in the backward pass instead of kept: less memory, a third more work."""
 
+    deterministic: bool = False
+    """Whether runs on the same layout must be equal bit for bit, on a GPU too, at some cost in speed."""
+
     log_every: int = Field(default=1, ge=1)
     """Updates between progress lines; metrics.jsonl has every update. Steps."""
 
@@ -104,6 +107,9 @@ class CheckpointConfig(Section):
 
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints that are kept; older ones are deleted. Checkpoints."""
+
+    background: bool = False
+    """Whether training goes on from a copy in host memory while a checkpoint is written."""
 
 
 class EvaluationConfig(Section):

@@ -1,0 +1,166 @@
+"""How long a checkpoint stops training, and what memory saving and loading take.
+
+    deepspeed --num_gpus 2 --module moepp_ds.bench.save RECIPE --folder DIR [--set key=value ...] [--repeats 5]
+                                                               [--json FILE]
+
+1. Build the recipe's engine; its data are not needed. Fill the optimizer as if it had trained.
+2. In turns, `repeats` times: every rank writes as many bytes as its fragments have to a file of its own and waits for
+   the disk (the plain write); a save in the foreground; a save in the background, of which only the two parts count
+   that stop training: the copy, and publishing.
+3. Each time is that of the slowest rank; what is compared are medians.
+4. The memory of each rank at its highest, beyond what it was before, in a save of either kind and in a load.
+
+DIR must be on the disk that checkpoints will be on; it is left as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import orjson
+import torch.distributed as dist
+
+from moepp_ds.agreement import gather
+from moepp_ds.checkpoint.chunks import CHUNK_BYTES
+from moepp_ds.checkpoint.fragments import owned_fragments
+from moepp_ds.checkpoint.live import Saver, load_checkpoint
+from moepp_ds.config import load_recipe
+from moepp_ds.engine import build_engine, join_ranks
+
+KINDS_OF_WRITE = ("plain", "foreground", "background")
+
+
+def measure(engine: Any, root: Path, *, repeats: int) -> dict[str, Any]:
+    """Times and memory of saving and loading this engine, under `root`; the same on every rank. Collective."""
+    fragments = _fill(engine)
+    memory, seconds = {}, {name: [] for name in KINDS_OF_WRITE}  # type: ignore[var-annotated]
+    foreground = Saver(engine, root / "foreground", keep=1)
+    memory["foreground"] = _highest(lambda: _save(foreground, 0))
+    savers: list[Saver] = []
+
+    def first_in_background() -> None:
+        savers.append(Saver(engine, root / "background", keep=1, background=True))
+        _save(savers[0], 0)
+
+    memory["background"] = _highest(first_in_background)
+    for step in range(1, repeats + 1):
+        seconds["plain"].append(_slowest(lambda: _write_plainly(root, fragments)))
+        seconds["foreground"].append(_slowest(lambda: _save(foreground, step)))
+        stopped = _slowest(lambda: savers[0].save(step=step, facts={"data": None}))
+        while not savers[0].ready:
+            time.sleep(0.01)
+        seconds["background"].append(stopped + _slowest(lambda: savers[0].complete()))
+    last = foreground.last
+    assert last is not None
+    memory["load"] = _highest(lambda: load_checkpoint(engine, last))
+    for saver in (foreground, *savers):
+        saver.close()
+    typical = {name: median(times) for name, times in seconds.items()}
+    return {
+        "ranks": dist.get_world_size(),
+        "fragment_bytes": gather(fragments),
+        "seconds": seconds,
+        "of_plain": {name: typical[name] / typical["plain"] for name in KINDS_OF_WRITE[1:]},
+        "memory_bytes": {name: gather(growth) for name, growth in memory.items()},
+    }
+
+
+def _fill(engine: Any) -> int:
+    """Give every fragment numbers, so that its memory is really there; the bytes of this rank's fragments."""
+    total = 0
+    for fragment in owned_fragments(engine):
+        for tensor in fragment.tensors.values():
+            tensor.uniform_(1e-4, 1e-3)
+            total += tensor.nbytes
+    return total
+
+
+def _save(saver: Saver, step: int) -> None:
+    saver.save(step=step, facts={"data": None})
+    saver.complete()
+
+
+def _write_plainly(root: Path, size: int) -> None:
+    """Write so many bytes to a file of this rank's own, and wait until the disk has them."""
+    file = root / f"plain-{dist.get_rank()}"
+    content = memoryview(bytes(range(256)) * (CHUNK_BYTES // 256))
+    with file.open("wb", buffering=0) as out:
+        for start in range(0, size, CHUNK_BYTES):
+            out.write(content[: size - start])
+        os.fsync(out.fileno())
+
+
+def _slowest(action: Callable[[], object]) -> float:
+    """Seconds from when all ranks begin until the last is done."""
+    dist.barrier()
+    started = time.perf_counter()
+    action()
+    return max(gather(time.perf_counter() - started))
+
+
+def _highest(action: Callable[[], object]) -> int:
+    """How far this process's memory goes, in the action, beyond what it is before. Bytes."""
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    before = _memory("VmRSS")
+    action()
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (found,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(found.split()[1]) * 1024
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """The measurements in words."""
+    largest = max(found["fragment_bytes"])
+    lines = [f"{found['ranks']} ranks, up to {largest / 1e6:,.1f} MB of fragments each"]
+    for name, times in found["seconds"].items():
+        share = f"  {found['of_plain'][name]:.2f} of the plain write" if name in found["of_plain"] else ""
+        spread = f"{min(times):.3f} to {max(times):.3f}"
+        lines.append(f"{name:10}  {median(times):8.3f} s, median of {len(times)} ({spread}){share}")
+    for name, growth in found["memory_bytes"].items():
+        lines.append(f"{name:10}  {max(growth) / 1e6:8.1f} MB more memory at most, {max(growth) / largest:.2f} of that")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="moepp_ds.bench.save", description="Measure saving and loading.")
+    parser.add_argument("recipe", help="YAML file; its model and parallel sections count")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, a.b=c")
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the measurements there, too")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    ranks = join_ranks()
+    engine, _ = build_engine(load_recipe(options.recipe, options.set), ranks, eos_id=0)
+    root = options.folder / "bench-save"
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        found = measure(engine, root, repeats=options.repeats)
+    finally:
+        dist.barrier()
+        if ranks.is_first:
+            shutil.rmtree(root, ignore_errors=True)
+    if ranks.is_first:
+        print("\n".join(report(found)), flush=True)
+        if options.json:
+            options.json.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""What differs between two checkpoints: their recipes, their parameters' shapes, their weights and moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moepp_ds.checkpoint.files import KINDS, read_index, stored_kinds
+from moepp_ds.checkpoint.tensors import StoredTensors, Wanted
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two checkpoints, A and B, do not have in common.
+
+    recipe: (key, of A, of B) of each setting that differs, None where one lacks it. shapes: of each parameter that
+    only one has, or has in another shape. weights: of each other parameter the largest absolute difference, if its
+    bits differ at all. moments: parameters whose AdamW moments differ, among those that both have them of.
+    """
+
+    steps: tuple[int, int]
+    kinds: tuple[tuple[str, ...], tuple[str, ...]]
+    recipe: list[tuple[str, Any, Any]]
+    shapes: list[tuple[str, Any, Any]]
+    weights: dict[str, float]
+    moments: list[str]
+
+    @property
+    def identical(self) -> bool:
+        """Whether both are the same point of the same training: every stored number and setting."""
+        same_numbers = not (self.shapes or self.weights or self.moments)
+        return same_numbers and not self.recipe and self.steps[0] == self.steps[1] and self.kinds[0] == self.kinds[1]
+
+
+def compare(first: Path, second: Path) -> Comparison:
+    """Compare two checkpoint folders, saved on whatever layouts. Raises DamagedCheckpoint."""
+    indexes = [read_index(folder) for folder in (first, second)]
+    kinds = [stored_kinds(index) for index in indexes]
+    stored = [StoredTensors(folder, index["files"]) for folder, index in zip((first, second), indexes)]
+    for tensors, index, own in zip(stored, indexes, kinds):
+        tensors.check_whole(index["parameters"], own)
+    shapes = _differences(indexes[0]["parameters"], indexes[1]["parameters"])
+    apart = {name for name, *_ in shapes}
+    found: dict[str, dict[str, float]] = {
+        kind: _largest(kind, *stored, leave_out=apart) for kind in KINDS if all(kind in own for own in kinds)
+    }
+    moments = {name for kind in KINDS[1:] for name in found.get(kind, {})}
+    return Comparison(
+        steps=(indexes[0]["step"], indexes[1]["step"]),
+        kinds=(kinds[0], kinds[1]),
+        recipe=_differences(*(_flat(index.get("recipe") or {}) for index in indexes)),
+        shapes=shapes,
+        weights=found["weight"],
+        moments=[name for name in indexes[0]["parameters"] if name in moments],
+    )
+
+
+def _largest(kind: str, first: StoredTensors, second: StoredTensors, *, leave_out: set[str]) -> dict[str, float]:
+    """The largest difference of each parameter whose bits differ; NaN where one of the two is no number."""
+    found: dict[str, float] = {}
+    for name, start, values in first.stream(kind):
+        if name in leave_out:
+            continue
+        others = torch.empty_like(values)
+        second.read([Wanted(kind, name, start, others)])
+        if not torch.equal(values.view(torch.int32), others.view(torch.int32)):
+            largest = torch.tensor([found.get(name, 0.0), (values - others).abs().max()])
+            found[name] = float(largest.max())  # which NaN wins
+    return found
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [
+        (key, first.get(key), second.get(key))
+        for key in dict.fromkeys([*first, *second])
+        if first.get(key) != second.get(key)
+    ]
+
+
+def _flat(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat.update(_flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key: value})
+    return flat

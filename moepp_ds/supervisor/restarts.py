@@ -1,0 +1,134 @@
+"""Attempt after attempt, until the run is complete, stopped, or given up.
+
+1. With several hosts, agree who takes part (`roll`).
+2. Run the ranks to their end (`job`), and judge it (`verdict`).
+3. After a failure that another start may help: wait 1, 2, 4, ... 60 seconds and start again, from the newest valid
+   checkpoint. A failure after progress, a newer step in `latest` or status.json than ever before, is the first one
+   again; after `max_restarts` failures in a row without any the run is given up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moepp_ds.config import RecipeError
+from moepp_ds.supervisor.job import Graces, Job, StopRequest
+from moepp_ds.supervisor.roll import Place, Roll, RollError
+from moepp_ds.supervisor.verdict import FAILED, STOPPED, Verdict, judge, read_status, stamp
+
+LONGEST_PAUSE = 60.0
+
+# Left over from a launcher around this one, these would make every process look like a rank.
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is looked after, and how patiently."""
+
+    run_dir: Path
+    graces: Graces
+    max_restarts: int
+    """Failures in a row without progress that are followed by another start."""
+    resume: str
+    """What --resume says for the first start."""
+
+
+Command = Callable[[str, Place | None], Sequence[str]]
+"""The command line of a start: what it resumes, and this host's place when there are several."""
+
+
+def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
+    """Look after a run to its end under this process's signal handlers; return the exit code."""
+    stop = StopRequest()
+    stop.listen()
+    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+    environment["MOEPP_SUPERVISOR_PID"] = str(os.getpid())
+    latest = rules.run_dir / "checkpoints" / "latest"
+    before, best, failures = stamp(latest), steps_done(rules.run_dir), 0
+    resume = rules.resume
+    # `--resume none` is refused where there is a run: to restart that one with `auto` would be to go on with it
+    refused = resume == "none" and (before is not None or (rules.run_dir / "metrics.jsonl").exists())
+    if refused and roll is None:
+        rules = replace(rules, max_restarts=0)
+    while True:
+        verdict = _attempt(rules, command, resume, roll, environment, stop)
+        _say(rules, verdict.words)
+        done = steps_done(rules.run_dir)
+        failures = 1 if done > best else failures + 1
+        best = max(best, done)
+        verdict = _whether_again(rules, verdict, failures, roll)
+        if not verdict.restart:
+            return verdict.code
+        pause = min(2.0 ** (failures - 1), LONGEST_PAUSE)
+        _say(rules, f"restart {failures} of at most {rules.max_restarts} without a newer checkpoint, in {pause:g} s")
+        if stop.sleep(pause):
+            return _stopped(rules, roll)
+        # A checkpoint of another place is where to begin until this run has one of its own.
+        new = rules.resume == "none" and not refused
+        resume = "auto" if new or stamp(latest) != before else rules.resume
+
+
+def _attempt(
+    rules: Rules, command: Command, resume: str, roll: Roll | None, environment: dict[str, str], stop: StopRequest
+) -> Verdict:
+    """One start of the ranks, from its agreement among the hosts to the last process's end."""
+    place = None
+    if roll is not None:
+        try:
+            place = roll.join(stop)
+        except (RollError, RecipeError, OSError) as error:  # OSError: a full disk, a network's that fails
+            roll.leave()
+            return Verdict(error.code if isinstance(error, RollError) else FAILED, f"not started: {error}")
+        if place is None:
+            return Verdict(STOPPED, "stopped before training began; start it again with --resume auto")
+        names = ", ".join(host.name for host in place.hosts)
+        _say(rules, f"attempt {place.attempt}: host {place.node_rank} of {names}; {place.world} ranks")
+    status_file = rules.run_dir / "status.json"
+    earlier = stamp(status_file)
+    job = Job(rules.graces, stop, roll.trouble if roll is not None else lambda: None)
+    ending = job.run(command(resume, place), environment)
+    # A file that an earlier start left does not count.
+    return judge(ending, read_status(status_file) if stamp(status_file) != earlier else None)
+
+
+def _whether_again(rules: Rules, verdict: Verdict, failures: int, roll: Roll | None) -> Verdict:
+    """The verdict, without a restart where there has been no progress for too long, or another host forbids it."""
+    again = verdict.restart and failures <= rules.max_restarts
+    if verdict.restart and not again and rules.max_restarts:
+        _say(rules, f"given up: {failures} failures in a row without a newer checkpoint (--max_restarts)")
+    if roll is not None:
+        roll.end(verdict.code, verdict.words, restart=again)
+        final = roll.ended_for_good()
+        if again and final is not None:
+            _say(rules, f"not started again: host {final.host}: {final.words}")
+            return Verdict(final.code, verdict.words)
+    return replace(verdict, restart=again)
+
+
+def _stopped(rules: Rules, roll: Roll | None) -> int:
+    words = "stopped while it waited to start again; continue with --resume auto"
+    if roll is not None:
+        roll.end(STOPPED, words, restart=False)
+    _say(rules, words)
+    return STOPPED
+
+
+def steps_done(run_dir: Path) -> int:
+    """The newest update that `latest` or status.json tells of; 0 if neither does."""
+    status = read_status(run_dir / "status.json") or {}
+    step = status.get("step")
+    try:
+        latest = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        latest = ""
+    saved = re.fullmatch(r"step-(\d+)", latest.strip())
+    return max(step if isinstance(step, int) else 0, int(saved[1]) if saved else 0)
+
+
+def _say(rules: Rules, words: str) -> None:
+    print(f"[train] {rules.run_dir}: {words}", flush=True)

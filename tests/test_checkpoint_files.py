@@ -1,0 +1,266 @@
+"""A checkpoint's files without any engine: chunks and their checksums, ranges read once, folders found by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from damage import flip, set_index
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moepp_ds.checkpoint import CheckpointError
+from moepp_ds.checkpoint.chunks import CHUNK_BYTES, ChunkReader, chunk_ranges, write_chunks
+from moepp_ds.checkpoint.compare import compare
+from moepp_ds.checkpoint.errors import DamagedCheckpoint
+from moepp_ds.checkpoint.files import candidates, delete, read_index, set_aside_old
+from moepp_ds.checkpoint.fingerprints import Fingerprints
+from moepp_ds.checkpoint.tensors import StoredTensors, Wanted, write_fragments
+from moepp_ds.checkpoint.verify import find_damage
+from moepp_ds.checkpoint.weights import WeightReader
+from moepp_ds.checkpoint.writer import write_weights
+from moepp_ds.fingerprint import partial_fingerprint
+
+MIB = 2**20
+
+
+def test_where_chunks_lie() -> None:
+    assert chunk_ranges(4096, 4096) == [(0, 4096)]
+    assert chunk_ranges(4096, 4100) == [(0, 4096), (4096, 4100)]
+    edge = 4096 + CHUNK_BYTES
+    assert chunk_ranges(4096, edge) == [(0, 4096), (4096, edge)]
+    assert chunk_ranges(4096, edge + 1) == [(0, 4096), (4096, edge), (edge, edge + 1)]
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [CHUNK_BYTES], [CHUNK_BYTES - 1, 2], [3, 2 * CHUNK_BYTES, 5], [1000] * 9])
+def test_chunks_are_read_as_they_were_written(tmp_path: Path, sizes: list[int]) -> None:
+    header, content = b"h" * 4096, random.Random(1).randbytes(sum(sizes))
+    ends = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
+    pieces = (memoryview(content)[start:stop] for start, stop in zip(ends, ends[1:]))
+    note = write_chunks(tmp_path / "file", header, pieces)
+    assert (tmp_path / "file").read_bytes() == header + content
+    assert (note["bytes"], note["header"]) == (4096 + len(content), 4096)
+    assert len(note["chunks"]) == len(chunk_ranges(4096, note["bytes"]))
+    reader = ChunkReader(tmp_path, {"file": note})
+    assert bytes(reader.header("file")) == header
+    for offset in sorted({0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, len(content) - 1} & set(range(len(content)))):
+        end = min((offset // CHUNK_BYTES + 1) * CHUNK_BYTES, len(content))
+        assert bytes(reader.rest_of_chunk("file", 4096 + offset)) == content[offset:end]
+    assert reader.damage("file") == []
+
+
+def test_what_is_read_is_what_is_wanted_and_no_chunk_twice(tmp_path: Path) -> None:
+    """Fragments in two files and in no order; ranges across them, across chunks, and out of order."""
+    values = torch.arange(10 * MIB, dtype=torch.float32)
+    other = torch.arange(7, dtype=torch.float32)
+    cut = 3 * MIB + 5
+    notes = {
+        "a": write_fragments(tmp_path / "a", {("weight", "w", cut): values[cut:], ("weight", "x", 0): other}),
+        "b": write_fragments(tmp_path / "b", {("exp_avg", "x", 0): -other, ("weight", "w", 0): values[:cut]}),
+    }
+    assert set(load_file(tmp_path / "a")) == {f"weight|w|{cut}", "weight|x|0"}  # any program can read it
+    stored = StoredTensors(tmp_path, notes)
+    stored.check_whole({"w": [10, MIB], "x": [7]}, ("weight",))
+    with pytest.raises(DamagedCheckpoint, match="exp_avg of w: without a gap the checkpoint holds 0 of its"):
+        stored.check_whole({"w": [10 * MIB]}, ("exp_avg",))
+    wanted = [
+        Wanted("weight", "w", 9 * MIB, torch.empty(MIB)),
+        Wanted("weight", "x", 2, torch.empty(3)),
+        Wanted("weight", "w", cut - 4, torch.empty(8)),
+        Wanted("exp_avg", "x", 0, torch.empty(7)),
+        Wanted("weight", "w", 0, torch.empty(9 * MIB)),
+    ]
+    os.sync()
+    read_before = bytes_read()
+    stored.read(wanted)
+    size = sum(note["bytes"] for note in notes.values())
+    assert bytes_read() - read_before <= size  # although several lie in the same chunks
+    for one in wanted:
+        whole = {"w": values, "x": other if one.kind == "weight" else -other}[one.name]
+        assert torch.equal(one.target, whole[one.start : one.start + len(one.target)])
+
+
+def bytes_read() -> int:
+    """What this process has read from files, cached or not."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"])
+
+
+def test_every_changed_byte_of_many_chunks_is_found(tmp_path: Path) -> None:
+    """A file of four chunks: the chunk that has the byte is refused, by its place, and no other."""
+    weights = torch.randn(12 * MIB, generator=torch.Generator().manual_seed(0))
+    folder = write_weights(tmp_path, [("w", 0, weights)], shapes={"w": [12 * MIB]}, step=0, facts={})
+    file = folder / "part-00000.safetensors"
+    note = read_index(folder)["files"][file.name]
+    assert len(note["chunks"]) == 4
+    draw = random.Random(2)
+    for start, stop in chunk_ranges(note["header"], note["bytes"]) * 2:
+        place = draw.randrange(start, stop)
+        flip(file, place)
+        said = f"does not match its checksums in bytes {start} to {stop}; use another checkpoint"
+        assert [line.split(".safetensors ")[1].partition(" (")[0] for line in find_damage(folder)] == [said]
+        with pytest.raises(DamagedCheckpoint, match=said):
+            WeightReader(folder).read("w")
+        flip(file, place)
+    assert find_damage(folder) == []
+    reader = WeightReader(folder)
+    flip(file, note["header"] + 2 * CHUNK_BYTES)
+    assert torch.equal(reader.read("w", 0, 8 * MIB), weights[: 8 * MIB])  # what is whole can be read
+    with pytest.raises(DamagedCheckpoint):
+        reader.read("w", 8 * MIB, 8 * MIB + 1)
+
+
+def test_fingerprints_add_up_and_name_experts() -> None:
+    shapes = {"a.weight": [4, 6], "b.moe.experts.down_EFD": [3, 2, 4]}
+    weights = {name: torch.randn(24, generator=torch.Generator().manual_seed(len(name))) for name in shapes}
+
+    def of(weights: dict[str, Tensor], cuts: list[int]) -> Fingerprints:
+        ranks = []
+        for start, stop in zip([0, *cuts], [*cuts, 24]):
+            ranks.append(Fingerprints(shapes))
+            for name, values in weights.items():
+                ranks[-1].add(name, start, values[start:stop])
+        whole = Fingerprints(shapes)
+        whole.add_sums(rank.sums for rank in ranks)
+        return whole
+
+    alone = of(weights, [])
+    assert alone.sums["a.weight"] == [partial_fingerprint(weights["a.weight"])]
+    experts = weights["b.moe.experts.down_EFD"].view(3, 8)
+    assert alone.sums["b.moe.experts.down_EFD"] == [partial_fingerprint(expert) for expert in experts]
+    assert [len(prints) for prints in alone.facts().values()] == [1, 3]
+    assert all(len(number) == 16 for prints in alone.facts().values() for number in prints)
+    for cuts in ([8], [1, 2, 23], [5, 8, 12, 16]):
+        of(weights, cuts).check(alone.facts())
+    exchanged = {**weights, "b.moe.experts.down_EFD": experts[[0, 2, 1]].flatten()}
+    with pytest.raises(DamagedCheckpoint) as found:
+        of(exchanged, [10]).check(alone.facts())
+    assert [line.split(":")[0] for line in str(found.value).splitlines()[1:]] == [
+        "  b.moe.experts.down_EFD, expert 1",
+        "  b.moe.experts.down_EFD, expert 2",
+    ]
+
+
+def test_weights_that_are_not_their_fingerprints(tmp_path: Path) -> None:
+    folder = write_weights(tmp_path, [("w", 0, torch.ones(6))], shapes={"w": [6]}, step=0, facts={})
+    set_index(folder, lambda index: index["fingerprints"].update(w=["0" * 16]))
+    said = "the weights are not the ones that were saved"
+    assert len(find_damage(folder)) == 1 and said in find_damage(folder)[0]
+    reader = WeightReader(folder)
+    assert reader.read("w", 0, 5).tolist() == [1.0] * 5  # a part has none
+    with pytest.raises(DamagedCheckpoint, match=f"{said}; use another checkpoint:\n  w: fingerprint .* instead of 00"):
+        reader.read("w")
+
+
+def hold(root: Path, *steps: int, latest: str | None = None) -> None:
+    for step in steps:
+        (root / f"step-{step:08d}").mkdir(parents=True)
+        (root / f"step-{step:08d}" / "index.json").write_text("{}")
+    if latest is not None:
+        (root / "latest").write_text(latest)
+
+
+@pytest.mark.parametrize(
+    "latest, expected",
+    [
+        ("step-00000020\n", [20, 10]),
+        ("step-00000030\n", [30, 20, 10]),
+        ("step-00000025\n", [30, 20, 10]),
+        ("stap-00000020\n", [30, 20, 10]),
+        ("\x80\0", [30, 20, 10]),
+        ("", [30, 20, 10]),
+        (None, [30, 20, 10]),
+    ],
+)
+def test_candidates(tmp_path: Path, latest: str | None, expected: list[int]) -> None:
+    """From the one that `latest` names down; later ones are of what a resumed run left behind."""
+    assert candidates(tmp_path / "none") == []
+    hold(tmp_path, 10, 20, 30, latest=latest)
+    for name in ("step-00000040", ".step-00000050.partial", "step-x"):  # without an index, or without a name
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000001").write_text("a file")
+    assert candidates(tmp_path) == [tmp_path / f"step-{step:08d}" for step in expected]
+
+
+def test_what_retention_hides_and_deletes(tmp_path: Path) -> None:
+    hold(tmp_path, 1, 2, 3, 9)
+    (tmp_path / ".step-00000007.partial").mkdir()
+    old = set_aside_old(tmp_path / "step-00000003", keep=2)
+    assert [path.name for path in old] == [".step-00000001.old-0", ".step-00000007.partial"]
+    delete(old)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003", "step-00000009"]
+    with pytest.warns(UserWarning, match="gone.* cannot be deleted|cannot be deleted: .*gone"):
+        delete([tmp_path / "gone"])
+
+
+def test_older_and_newer_formats_are_refused_by_name(tmp_path: Path) -> None:
+    folder = write_weights(tmp_path, [("w", 0, torch.ones(6))], shapes={"w": [6]}, step=0, facts={})
+    text = (folder / "index.json").read_text()
+    for number in ("1", "3", '"2"', "null", "[]"):
+        (folder / "index.json").write_text(text.replace('"format": 2', f'"format": {number}'))
+        with pytest.raises(DamagedCheckpoint, match="index.json has format .*, this version reads 2; use the version"):
+            read_index(folder)
+    for note in ({"chunks": []}, {"header": 7}, {"bytes": 4000}, {"header": CHUNK_BYTES + 1}):
+        (folder / "index.json").write_text(text)
+        set_index(folder, lambda index: index["files"]["part-00000.safetensors"].update(note))
+        with pytest.raises(DamagedCheckpoint, match="index.json is no index of a checkpoint: files"):
+            read_index(folder)
+
+
+def test_headers_that_lie(tmp_path: Path) -> None:
+    """With checksums that are right: what a header says is never used to read outside of the file."""
+
+    def refused(header: dict[str, object] | bytes, said: str, length: int = 4088) -> None:
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        padded = length.to_bytes(8, "little") + text.ljust(4088)
+        note = write_chunks(tmp_path / "file", padded, [memoryview(bytes(64))])
+        with pytest.raises(DamagedCheckpoint, match=f"file holds no fragments of a checkpoint: .*{said}"):
+            StoredTensors(tmp_path, {"file": note})
+
+    entry = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+    for change, said in (
+        ({"data_offsets": [0, 60]}, "another size"),
+        ({"data_offsets": [4, 68]}, "outside"),
+        ({"data_offsets": [-64, 0]}, "outside"),
+        ({"shape": [15], "data_offsets": [2, 62]}, "outside"),
+        ({"shape": [4, 4]}, "too many values"),
+        ({"shape": [True]}, "another size"),
+        ({"shape": ["16"]}, "another size"),
+        ({"dtype": "F16"}, "F16 instead of F32"),
+    ):
+        refused({"weight|w|0": {**entry, **change}}, said)
+    refused({"weight|w|x": entry}, "invalid literal")
+    refused({"weight": entry}, "not enough values")
+    refused({"weight|w|0": 3}, "")
+    refused([], "")  # type: ignore[arg-type]
+    refused(b"\x80\x04", "")
+    refused({"weight|w|0": entry}, "another length", length=17)
+
+
+def test_what_differs(tmp_path: Path) -> None:
+    shapes = {"a": [3], "b.experts.x": [2, 2]}
+    facts = {"recipe": {"train": {"max_lr": 0.1}, "name": "x"}}
+    pieces = [("a", 0, torch.tensor([1.0, 2.0, 3.0])), ("b.experts.x", 0, torch.zeros(4))]
+
+    def made(name: str, changed: list[tuple[str, int, Tensor]], **other: object) -> Path:
+        return write_weights(
+            tmp_path / name, changed, shapes=other.get("shapes", shapes), step=0, facts=other.get("facts", facts)
+        )  # type: ignore[arg-type]
+
+    one = made("one", pieces)
+    same = compare(one, made("same", pieces[::-1]))
+    assert same.identical and same.weights == {}
+    other = compare(one, made("other", [("a", 0, torch.tensor([1.0, 2.5, 2.75])), pieces[1]], facts={"recipe": {}}))
+    assert not other.identical and other.weights == {"a": 0.5}
+    assert other.recipe == [("train.max_lr", 0.1, None), ("name", "x", None)]
+    minus = compare(one, made("minus", [pieces[0], ("b.experts.x", 0, -torch.zeros(4))]))
+    assert not minus.identical and minus.weights == {"b.experts.x": 0.0}  # of other bits, and equal
+    larger = compare(one, made("larger", [pieces[0], ("c", 0, torch.ones(4))], shapes={"a": [3], "c": [4]}))
+    assert larger.shapes == [("b.experts.x", [2, 2], None), ("c", None, [4])] and larger.weights == {}
+    flip(one / "part-00000.safetensors", -1)
+    with pytest.raises(CheckpointError, match="does not match its checksums"):
+        compare(one, tmp_path / "same/step-00000000")

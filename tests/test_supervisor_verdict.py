@@ -1,0 +1,97 @@
+"""moepp_ds.supervisor.verdict: how an attempt ended, from status.json and what was seen of the processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from moepp_ds.supervisor.job import Ending, RankEnd
+from moepp_ds.supervisor.verdict import COMPLETED, FAILED, STOPPED, Verdict, judge
+
+
+def ending(**changes: object) -> Ending:
+    usual: dict[str, object] = {"launcher_code": 0, "ranks_started": 2, "first_ended": (), "elsewhere": None}
+    return Ending(**{**usual, "stop_asked": False, "killed": 0, **changes})  # type: ignore[arg-type]
+
+
+RUNNING = {"state": "running", "step": 4}
+
+
+@pytest.mark.parametrize(
+    ("seen", "status", "code", "says"),
+    [
+        (ending(), {"state": "completed", "step": 9}, COMPLETED, "completed at step 9"),
+        # the marker counts, not the launcher's exit code
+        (ending(launcher_code=143), {"state": "completed", "step": 9}, COMPLETED, "completed at step 9"),
+        (
+            ending(stop_asked=True),
+            {"state": "stopped", "step": 8},
+            STOPPED,
+            "stopped at step 8; continue with --resume auto",
+        ),
+        # nobody asked this supervisor: another host's was asked, or a rank was
+        (ending(), {"state": "stopped", "step": 8}, STOPPED, "stopped at step 8; continue with --resume auto"),
+        (
+            ending(stop_asked=True),
+            None,
+            STOPPED,
+            "stopped before training began; start it again with --resume auto",
+        ),
+        (
+            ending(launcher_code=2, ranks_started=0),
+            None,
+            FAILED,
+            "failed: the launcher ended with code 2, no rank was started",
+        ),
+        (
+            ending(),
+            {"state": "failed", "step": 4, "message": "no such row", "restart": False},
+            FAILED,
+            "failed at step 4: no such row",
+        ),
+        (
+            ending(stop_asked=True, killed=3),
+            RUNNING,
+            FAILED,
+            "failed: ended at step 4 in state 'running' (3 processes did not end in time and were killed)",
+        ),
+    ],
+)
+def test_what_is_not_started_again(seen: Ending, status: dict[str, object] | None, code: int, says: str) -> None:
+    assert judge(seen, status) == Verdict(code, says, restart=False)
+
+
+@pytest.mark.parametrize(
+    ("seen", "status", "says"),
+    [
+        (ending(), {"state": "failed", "step": 4, "message": "nan"}, "failed at step 4: nan"),
+        (
+            ending(first_ended=(RankEnd(1, None),)),
+            RUNNING,
+            "failed: ended at step 4 in state 'running'; rank 1 ended first",
+        ),
+        (
+            ending(first_ended=(RankEnd(1, -11),)),
+            RUNNING,
+            "failed: ended at step 4 in state 'running'; rank 1 ended first, killed by signal 11 (SIGSEGV)",
+        ),
+        (
+            ending(first_ended=(RankEnd(0, 1), RankEnd(1, 1))),
+            RUNNING,
+            "failed: ended at step 4 in state 'running'; rank 0 ended first, with exit code 1; "
+            "rank 1 ended first, with exit code 1",
+        ),
+        (
+            ending(elsewhere="host b: rank 3 ended first", first_ended=(RankEnd(0, 1),)),
+            RUNNING,
+            "failed: ended at step 4 in state 'running'; host b: rank 3 ended first",
+        ),
+        (
+            ending(launcher_code=1, first_ended=(RankEnd(1, -9),)),
+            None,
+            "failed before training began, with code 1; the reason is above; rank 1 ended first, killed by signal 9 "
+            "(SIGKILL)",
+        ),
+    ],
+)
+def test_what_is_started_again(seen: Ending, status: dict[str, object] | None, says: str) -> None:
+    assert judge(seen, status) == Verdict(FAILED, says, restart=True)

@@ -1,0 +1,165 @@
+"""Runs that meet damaged checkpoints, full disks and bad updates, under the real program; the golden recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from run_folders import GOLDEN_RECIPE, metrics, sets, status, untimed
+from small_disk import run_on_small_disk
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
+
+EVERY = "checkpoint.every=4"
+
+
+def run_alone(run: Path, *settings: str, resume: str = "none") -> subprocess.CompletedProcess[str]:
+    """The program as one rank of plain Python."""
+    command = [sys.executable, "-m", "moepp_ds.train", GOLDEN_RECIPE, "--run-dir", str(run), "--resume", resume]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [*command, *sets(*settings)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def continued(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 20 updates that nothing disturbed, with checkpoints after 12, 16 and 20."""
+    run = tmp_path_factory.mktemp("faults") / "run"
+    continued(run_alone(run, EVERY))
+    return run
+
+
+def undone(whole: Path, path: Path) -> Path:
+    """A copy of the run as if it had been killed after its checkpoint of update 16."""
+    run = path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints/step-00000020")
+    (run / "checkpoints/latest").write_text("step-00000016\n")
+    return run
+
+
+@pytest.mark.parametrize("file", ["index.json", "rank-00000-of-00001.safetensors"])
+def test_a_damaged_newest_checkpoint_is_passed_over(whole: Path, tmp_path: Path, file: str) -> None:
+    run = undone(whole, tmp_path)
+    damaged = run / "checkpoints/step-00000016" / file
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    said = continued(run_alone(run, EVERY, resume="auto"))
+    assert "warning: a newer checkpoint is passed over: " in said and str(damaged) in said
+    assert "step-00000012 after update 12" in said
+    assert untimed(run) == untimed(whole)
+    continued(run_alone(run, EVERY, resume="auto"))  # what was damaged has been written anew
+
+
+def test_where_every_checkpoint_is_damaged_the_run_does_not_start_over(whole: Path, tmp_path: Path) -> None:
+    run = undone(whole, tmp_path)
+    for folder in run.glob("checkpoints/step-*"):
+        (folder / "index.json").write_text("{}")
+    before = (run / "metrics.jsonl").read_bytes()
+    done = run_alone(run, EVERY, resume="auto")
+    assert done.returncode == 1
+    assert all(f"step-000000{step}" in done.stderr for step in (12, 16))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_saving_in_the_background_changes_nothing(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    said = continued(run_alone(run, EVERY, "checkpoint.background=true"))
+    assert untimed(run) == untimed(whole)
+    assert [f"saved {run}/checkpoints/step-{step:08d}" in said for step in (4, 8, 12, 16, 20)] == [True] * 5
+    assert {folder.name for folder in (run / "checkpoints").iterdir()} == {
+        *("latest", "step-00000012", "step-00000016", "step-00000020")
+    }
+    shutil.rmtree(run / "checkpoints/step-00000020")
+    (run / "checkpoints/latest").write_text("step-00000016\n")
+    continued(run_alone(run, EVERY, resume="auto"))
+    assert untimed(run) == untimed(whole)
+
+
+FULL = """
+import json, pathlib, subprocess, sys, time
+disk, filler = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1], "filler")
+run, frees = disk / "run", sys.argv[2] == "frees"
+program = [sys.executable, "-m", "moepp_ds.train", *sys.argv[3:], "--run-dir", str(run)]
+train = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
+said = ""
+for line in train.stdout:
+    said += line
+    if "saved" in line and "training goes on" not in said:
+        with open(filler, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+    if frees and "training goes on" in line:
+        filler.unlink(missing_ok=True)
+code, latest = train.wait(), (run / "checkpoints/latest").read_text().strip()
+filler.unlink(missing_ok=True)
+again = subprocess.run([*program, "--resume", "auto"], stdout=subprocess.PIPE, text=True)
+lines = (run / "metrics.jsonl").read_text().splitlines()
+print(json.dumps({
+    "codes": [code, again.returncode],
+    "latest": latest,
+    "steps": [json.loads(line)["step"] for line in lines],
+    "folders": sorted(path.name for path in (run / "checkpoints").iterdir()),
+    "said": said,
+}))
+"""
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+@pytest.mark.parametrize("frees", [True, False])
+def test_a_disk_that_is_full_while_saving(tmp_path: Path, frees: bool, background: str) -> None:
+    """The run and its last checkpoint live on; a later save finds room, or the last one fails and the run goes on."""
+    disk = tmp_path / "disk"
+    settings = sets("checkpoint.every=2", "train.max_steps=24", f"checkpoint.background={background}")
+    arguments = [str(disk), "frees" if frees else "stays", GOLDEN_RECIPE, *settings]
+    done = run_on_small_disk(disk, "24m", FULL, *arguments)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert "warning: no checkpoint of update" in seen["said"] and "No space left on device" in seen["said"]
+    assert "step 24/24" in seen["said"]
+    assert seen["codes"] == [0 if frees else 1, 0]
+    assert (seen["latest"] == "step-00000024") == frees
+    assert seen["steps"] == list(range(1, 25))
+    assert not [name for name in seen["folders"] if name.startswith(".")] and "step-00000024" in seen["folders"]
+
+
+def test_bad_updates_are_skipped_up_to_a_number(tmp_path: Path) -> None:
+    """Losses wobble by more than a millionth: one spike is skipped, the second stops the run, and both are kept."""
+    run = tmp_path / "run"
+    settings = ["safety.spike_above=1e-6", "safety.spike_window=8", "safety.on_spike=skip", "safety.max_skips=1"]
+    done = run_alone(run, EVERY, "train.max_lr=0.05", "train.final_lr=0.05", *settings)
+    assert done.returncode == 1 and "(safety.max_skips)" in done.stderr
+    ended = status(run)
+    assert (ended["state"], ended["restart"]) == ("failed", False)
+    first, second = sorted(int(folder.name.removeprefix("step-")) for folder in (run / "replay").iterdir())
+    records = {record["step"]: record for record in metrics(run)}
+    assert max(records) == ended["step"] == second - 1
+    assert records[first - 1]["skipped_updates"] == 0 and records[first]["skipped_updates"] == 1
+    assert (run / "checkpoints/latest").read_text() == f"step-{second - 1:08d}\n"
+    again = run_alone(run, EVERY, "train.max_lr=0.05", "train.final_lr=0.05", *settings, resume="auto")
+    assert again.returncode == 1 and again.stderr.splitlines()[-1] == done.stderr.splitlines()[-1]
+    assert {record["step"]: record["loss"] for record in metrics(run)} == {at: r["loss"] for at, r in records.items()}
+
+
+def test_what_changed_is_said_and_what_may_not_is_refused(whole: Path, tmp_path: Path) -> None:
+    run = undone(whole, tmp_path)
+    done = run_alone(run, EVERY, "model.moe.tau=0.5", resume="auto")
+    assert done.returncode == 1 and "model.moe.tau: 0.75 then, 0.5 now" in done.stderr
+    said = continued(run_alone(run, EVERY, "train.max_lr=0.004", resume="auto"))
+    assert "resumed with another train.max_lr: 0.005 then, 0.004 now" in said
