@@ -106,15 +106,13 @@ class RunFolder:
     def __init__(self, path: Path, *, tensorboard: bool, resumed_step: int, others: Any = None) -> None:
         """Open the folder of a run that has done `resumed_step` updates; later metrics are dropped.
 
-        `step` is the last update that was recorded.
-
         others: DeepSpeed's monitor, for what else the DeepSpeed JSON turns on (csv_monitor, wandb).
         """
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._lock = _lock(path)
         self._others = others if others is not None and others.enabled else None
-        self.step = resumed_step
+        self.step = resumed_step  # the last update that was recorded
         self._log = Lines(path / "log.txt")
         _keep_until(path / "metrics.jsonl", resumed_step)
         self._metrics = Lines(path / "metrics.jsonl")
@@ -124,8 +122,8 @@ class RunFolder:
 
     def describe(self, *, recipe: str, ds_config: Mapping[str, Any]) -> None:
         """Store what the run was started with."""
-        (self.path / "recipe.yaml").write_text(recipe, encoding="utf-8")
-        (self.path / "ds_config.json").write_text(json.dumps(ds_config, indent=2) + "\n", encoding="utf-8")
+        write_atomically(self.path / "recipe.yaml", recipe.encode())
+        write_atomically(self.path / "ds_config.json", (json.dumps(ds_config, indent=2) + "\n").encode())
 
     def say(self, line: str) -> None:
         """Print a line and keep it in log.txt."""
@@ -194,11 +192,14 @@ def _keep_until(path: Path, step: int) -> None:
     """Drop the metrics after update `step`, and a last line that was cut off."""
     if not path.exists():
         return
-    end = 0
+    end = kept = 0
     with path.open("r+b") as lines:  # a long run's file is large: read once, cut in place
         for number, line in enumerate(lines, start=1):
+            if kept == step or not line.endswith(b"\n"):  # what follows goes, whatever a power cut made of it
+                break
             try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                kept = json.loads(line)["step"]
+                if kept > step:
                     break
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(

@@ -43,6 +43,11 @@ def choose_checkpoints(path: Path, resume: str) -> list[Path]:
             raise RecipeError(f"{path} already holds a run; continue it with --resume auto, or name another --run-dir")
         return []
     if resume == "auto":
+        if not own and (checkpoints / "latest").exists():
+            raise RecipeError(
+                f"{checkpoints} holds no checkpoint, and its `latest` says that there was one: the run would start over; "
+                "look for the folder it names, also as a hidden .step-*, or name another --run-dir"
+            )
         return own
     given = Path(resume)
     # the folder of a run, or of its checkpoints: the newest of them

@@ -155,9 +155,7 @@ def _unreached_stages(recipe: Recipe, rows: int) -> list[str]:
     return lines
 
 
-def announce(
-    run: Run, progress: Progress, resumption: Resumption, *, resume: str
-) -> None:
+def announce(run: Run, progress: Progress, resumption: Resumption, *, resume: str) -> None:
     """Print what runs, the arithmetic of the run and where it begins."""
     ran_by = ", ".join(f"{name} {number}" for name, number in versions().items())
     run.say(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {ran_by}, {run.ranks.world} ranks")

@@ -44,7 +44,10 @@ class Saves:
 
     def last(self, progress: Progress, data: Mapping[str, Any]) -> None:
         """Have a checkpoint of `progress` on the disk; raises CheckpointError where that cannot be."""
-        self._publish()
+        try:
+            self._publish()
+        except CheckpointError as error:  # what kept an earlier one from the disk may be over
+            self._run.say(f"warning: {error}")
         if self._saver.last is None or int(self._saver.last.name.removeprefix("step-")) != progress.step:
             self._save(progress, data)
             self._publish()

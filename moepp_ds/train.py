@@ -46,6 +46,9 @@ from moepp_ds.stop import StopSignal
 from moepp_ds.update import Incident, UpdateResult, update
 
 
+GOING_ON = "; to go on past it: --resume auto with safety.non_finite or safety.on_spike skip, within safety.max_skips"
+
+
 class BadUpdate(RuntimeError):
     """An update that the recipe does not let the run go on after; the same on every rank."""
 
@@ -66,11 +69,12 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
             finish(run, progress)
     except Exception as error:
         if folder:
+            folder.log(f"error: {error}")
+            # What stays true however often it is tried, a supervisor need not try again.
+            again = not isinstance(error, (BadUpdate, DataError))
             with suppress(OSError):  # a full disk must not hide what went wrong
-                folder.log(f"error: {error}")
-                # What stays true however often it is tried, a supervisor need not try again.
-                again = not isinstance(error, (BadUpdate, DataError))
                 folder.set_status("failed", step=folder.step, message=str(error), restart=again)
+            with suppress(OSError):
                 folder.close()
         raise
     if folder:
@@ -121,10 +125,10 @@ def _loop(run: Run, progress: Progress, *, data_state: Mapping[str, Any] | None,
             result = _update(run, progress, batches, stop, ready=saves.ready)
             seconds = time.perf_counter() - started
             if result.incident is not None:
-                _keep_rows(run, progress, result.incident, result.loss, batches)
+                told = _keep_rows(run, progress, result.incident, result.loss, batches)
                 if result.incident.action == "stop":
-                    saves.last(progress, loader.state(steps_back=1))
-                    raise BadUpdate(result.incident.reason)
+                    raise BadUpdate(told + GOING_ON + _saved_before(saves, progress, loader.state(steps_back=1)))
+                run.say(f"warning: {told}")
             progress = _after(recipe, progress, result)
             check_rows_drawn(run, result, progress.step)
             if progress.step == first or _is_due(recipe.safety.check_every, progress.step):
@@ -165,13 +169,13 @@ def _update(
 
 
 def _after(recipe: Recipe, progress: Progress, result: UpdateResult) -> Progress:
-    """Where the run is after an update; routing remembers none that was not taken."""
+    """Where the run is after an update; routing remembers none that was bad."""
     routing = progress.routing if result.incident else _steer(recipe, progress, result)
     return Progress(progress.step + 1, routing, result.guard, result.stop)
 
 
-def _keep_rows(run: Run, progress: Progress, incident: Incident, loss: float, batches: Sequence[Batch]) -> None:
-    """Write the rows of an update that was not taken for `moepp replay`, and say what happened. Collective."""
+def _keep_rows(run: Run, progress: Progress, incident: Incident, loss: float, batches: Sequence[Batch]) -> str:
+    """Write the rows of an update that was not taken for `moepp replay`; what happened, in words. Collective."""
     facts = Facts(
         step=incident.number,
         reason=incident.reason,
@@ -184,7 +188,16 @@ def _keep_rows(run: Run, progress: Progress, incident: Incident, loss: float, ba
     )
     problem = write_rows(rows_folder(run.path, incident.number), run.ranks.rank, batches, facts)
     look = problem or f"look at its rows with: moepp replay {run.path} --step {incident.number}"
-    run.say(f"warning: {incident.reason}. {look}")
+    return f"{incident.reason}. {look}"
+
+
+def _saved_before(saves: Saves, progress: Progress, data: Mapping[str, Any]) -> str:
+    """Save what was before a bad update. If that fails: words that say so, as the update is why the run ends."""
+    try:
+        saves.last(progress, data)
+    except CheckpointError as error:
+        return f". {error}"
+    return ""
 
 
 def _steer(recipe: Recipe, progress: Progress, result: UpdateResult) -> RoutingState:

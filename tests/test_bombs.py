@@ -328,7 +328,7 @@ def test_a_bomb_in_a_file_of_names_is_refused(
     FORMS[form](tmp_path / "names.yaml", marker)
     arguments = [*arguments, "--names", str(tmp_path / "names.yaml")]
     assert run(monkeypatch, tmp_path, arguments, recipe_file(tmp_path, layers=True)) == 1
-    assert "names.yaml cannot be read as a file of names" in " ".join(capsys.readouterr().err.split())
+    assert "file of names" in " ".join(capsys.readouterr().err.split())
     assert not marker.exists()
 
 

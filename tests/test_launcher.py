@@ -171,6 +171,7 @@ def train_sh(tmp_path: Path, recipe: Path, start: Start) -> Start:  # noqa: F811
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_train_sh_completes(train_sh: Start) -> None:
     run = train_sh(STEPS="5")
     assert run.code() == COMPLETED

@@ -151,6 +151,17 @@ def test_resuming_drops_a_last_line_that_was_cut_off(tmp_path: Path, cut: int) -
     assert recorded(tmp_path) == [metrics(step) for step in (1, 2, 3, 4)]
 
 
+def test_what_follows_the_checkpoint_need_not_be_whole(tmp_path: Path) -> None:
+    """A power cut may leave blocks of zeros in what was not synced; before the checkpoint they are refused."""
+    file = tmp_path / "metrics.jsonl"
+    folder_with(tmp_path, range(1, 4)).close()
+    file.write_bytes(file.read_bytes() + bytes(9) + b"}\n" + b'{"step": 5}\n')
+    with pytest.raises(ValueError, match="line 4 of .*metrics.jsonl is damaged .*; delete the file from there on"):
+        folder_with(tmp_path, range(0), resumed_step=4)
+    folder_with(tmp_path, range(4, 5), resumed_step=3).close()
+    assert recorded(tmp_path) == [metrics(step) for step in (1, 2, 3, 4)]
+
+
 def test_starting_over_drops_all_metrics(tmp_path: Path) -> None:
     folder_with(tmp_path, range(1, 4)).close()
     folder_with(tmp_path, range(1, 2), resumed_step=0).close()

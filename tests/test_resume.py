@@ -44,6 +44,13 @@ def test_where_to_go_on(tmp_path: Path) -> None:
     assert choose_checkpoints(run, "auto") == [newest, older]
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path: Path) -> None:
+    hold_run(tmp_path, 5)
+    (tmp_path / "checkpoints/step-00000005").rename(tmp_path / "checkpoints/.step-00000005.old-0")
+    with pytest.raises(RecipeError, match="holds no checkpoint, and its `latest` says that there was one: the run"):
+        choose_checkpoints(tmp_path, "auto")
+
+
 def test_no_record_is_overwritten(tmp_path: Path) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     hold_run(run, 5)

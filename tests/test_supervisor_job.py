@@ -17,7 +17,7 @@ import pytest
 from supervised import Running, Start, start  # noqa: F401 (a fixture)
 
 from moepp_ds.supervisor.processes import describe_exit, exit_code, has_ended
-from moepp_ds.supervisor.restarts import steps_done
+from moepp_ds.supervisor.restarts import pause_after, steps_done
 from moepp_ds.supervisor.verdict import COMPLETED, FAILED, STOPPED
 
 # Like deepspeed.launcher.launch: two ranks, RANK and LOCAL_RANK in their environment alone.
@@ -181,7 +181,7 @@ def test_the_ranks_save_when_the_launcher_alone_is_stopped(supervise: Start) -> 
 
 
 def test_a_run_is_started_again_where_its_checkpoint_is(supervise: Start) -> None:
-    run = supervise(max_restarts=1, exit_grace=0, SAVE_EVERY="10", STEPS="300")
+    run = supervise(max_restarts=1, exit_grace=1, SAVE_EVERY="10", STEPS="200")
     for kill, rank in enumerate((0, 1, 0), start=1):
         done = steps_done(run.run_dir)
         run.until(lambda: steps_done(run.run_dir) >= done + 10)
@@ -195,7 +195,7 @@ def test_a_run_is_started_again_where_its_checkpoint_is(supervise: Start) -> Non
     named = [re.search(r"; (rank \d) ended first, killed by signal 9 \(SIGKILL\)", line) for line in said[:6:2]]
     assert [found and found[1] for found in named] == ["rank 0", "rank 1", "rank 0"]
     assert said[1::2] == ["restart 1 of at most 1 without a newer checkpoint, in 1 s"] * 3
-    assert said[-1] == "completed at step 300"
+    assert said[-1] == "completed at step 200"
     assert (run.run_dir / "resumed").read_text().split() == ["none", "auto", "auto", "auto"]
     assert run.living() == []
 
@@ -280,6 +280,10 @@ def test_what_keeps_a_host_out_does_not_end_the_attempt_of_the_others(
     assert run.code() == FAILED
     assert [line.startswith(words) for line in run.said()] == [True], run.output
     assert not list(folder.glob("attempt-*/end-*"))
+
+
+def test_pauses_grow_to_a_minute_and_end_there() -> None:
+    assert [pause_after(failures) for failures in (1, 2, 3, 6, 7, 5000)] == [1, 2, 4, 32, 60, 60]
 
 
 def test_progress_is_what_latest_or_the_status_tells(tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ def test_bad_updates_are_skipped_up_to_a_number(tmp_path: Path) -> None:
     settings = ["safety.spike_above=1e-6", "safety.spike_window=8", "safety.on_spike=skip", "safety.max_skips=1"]
     done = run_alone(run, EVERY, "train.max_lr=0.05", "train.final_lr=0.05", *settings)
     assert done.returncode == 1 and "(safety.max_skips)" in done.stderr
+    assert f"moepp replay {run} --step" in done.stderr and "to go on past it: --resume auto with" in done.stderr
     ended = status(run)
     assert (ended["state"], ended["restart"]) == ("failed", False)
     first, second = sorted(int(folder.name.removeprefix("step-")) for folder in (run / "replay").iterdir())

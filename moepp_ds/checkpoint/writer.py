@@ -90,7 +90,8 @@ def _parts(
         for number, part in enumerate(tensor.detach().flatten().split(most)):
             own = part.to("cpu", torch.float32, copy=True)  # the giver may use its memory again
             if not own.isfinite().all():
-                raise CheckpointError(f"{kind} of {name} has values that are not finite numbers in fp32; look at its source")
+                what = name if kind == "weight" else f"{kind} of {name}"
+                raise CheckpointError(f"{what} has values that are not finite numbers in fp32; look at its source")
             if len(own):
                 yield (kind, name, start + number * most), own
 

@@ -65,8 +65,8 @@ def read_file(file: Path) -> Any:
         ) from error
     except Exception as error:  # damaged bytes make the readers fail in many ways
         raise CheckpointError(
-            f"{file} is damaged, or not of torch's zip form ({_first_line(error)}); copy it again, or save it again with "
-            "DeepSpeed's checkpoint.checkpoint_serialization: true"
+            f"{file} is damaged, or not of torch's zip form ({_first_line(error)}); copy it again, or save it again "
+            "with DeepSpeed's checkpoint.checkpoint_serialization: true"
         ) from error
 
 

@@ -14,7 +14,6 @@ With n elements on a rank, p of them its part of a ZeRO partition, w bytes an el
                 and the one just made, where it is not among them
 5. Buffers      DeepSpeed's buckets, two with overlap_comm; with offload those for its copies.
 6. Activations  a rough figure, shown and never what a run is refused for.
-
 7. Saves        with checkpoint.background 12 p on the host, the copy that is written while training goes on.
 
 Read off DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py) and compared with engines' bytes in tests/test_offload.py.

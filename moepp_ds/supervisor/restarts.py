@@ -64,7 +64,7 @@ def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
         verdict = _whether_again(rules, verdict, failures, roll)
         if not verdict.restart:
             return verdict.code
-        pause = min(2.0 ** (failures - 1), LONGEST_PAUSE)
+        pause = pause_after(failures)
         _say(rules, f"restart {failures} of at most {rules.max_restarts} without a newer checkpoint, in {pause:g} s")
         if stop.sleep(pause):
             return _stopped(rules, roll)
@@ -116,6 +116,11 @@ def _stopped(rules: Rules, roll: Roll | None) -> int:
         roll.end(STOPPED, words, restart=False)
     _say(rules, words)
     return STOPPED
+
+
+def pause_after(failures: int) -> float:
+    """Seconds to wait after so many failures in a row: 1, 2, 4, ... 60, however many there are."""
+    return min(2.0 ** min(failures - 1, 10), LONGEST_PAUSE)
 
 
 def steps_done(run_dir: Path) -> int:
