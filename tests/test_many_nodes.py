@@ -142,7 +142,7 @@ def test_a_host_dies_and_the_others_go_on(
     """Four hosts with one rank each: one vanishes, cable and all; of the three left, two divide the batch."""
     finished(launch_deepspeed, kept, "alone")
     training = Training(four, tmp_path, slots=1)
-    options = ("--max_restarts", "3", "--min_nodes", "2", "--node_wait", "12", "--host_silence", "6")
+    options = ("--max_restarts", "3", "--min_nodes", "2", "--node_wait", "15", "--host_silence", "12")
     training.start("checkpoint.every=5", options=options)
     training.until_step(7)
     four.cut("node-b")
