@@ -27,6 +27,10 @@ LINES = 20
 """Differences that a message names."""
 
 
+class RanksDiffer(AgreedError):
+    """Ranks hold something else than they must; what was saved since they were last found right may be wrong, too."""
+
+
 @dataclass(frozen=True)
 class _Seen:
     """What one rank found, parameters in the order of the model, which is the same on every rank.
@@ -46,7 +50,7 @@ class _Seen:
 def check_consistency(engine: Any, batches: Sequence[Batch], step: int) -> None:
     """Compare the ranks after update `step`, done with this rank's `batches`. Collective.
 
-    Raises AgreedError that names what differs and the ranks that hold it; nothing is changed.
+    Raises RanksDiffer that names what differs and the ranks that hold it; nothing is changed.
     """
     names = [name for name, _ in engine.module.named_parameters()]
     seen = gather(_look(engine, batches))
@@ -58,7 +62,7 @@ def check_consistency(engine: Any, batches: Sequence[Batch], step: int) -> None:
     ]
     if problems:
         more = [f"and {len(problems) - LINES} more"] if len(problems) > LINES else []
-        raise AgreedError(
+        raise RanksDiffer(
             f"the ranks no longer agree after update {step}:\n"
             + "\n".join(f"  {line}" for line in [*problems[:LINES], *more])
             + "\nResume from a checkpoint of an update that was found right, without the node that stands alone"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -145,7 +146,10 @@ class RunFolder:
         if self._curves is not None:
             self._curves.add(finite)
         if self._others is not None:
-            self._others.write_events([(name, value, self.step) for name, value in _points(finite)])
+            try:
+                self._others.write_events([(name, value, self.step) for name, value in _points(finite)])
+            except OSError as error:
+                warnings.warn(f"a monitor of the DeepSpeed JSON misses points: {error}", stacklevel=2)
 
     def sync(self) -> None:
         """Put everything recorded so far on the disk: before a checkpoint that a later run goes on from.

@@ -130,8 +130,9 @@ def _read(file: Path, *, num_sources: int, vocab_size: int) -> dict[str, np.ndar
         shapes = {name: list(array.shape) for name, array in tensors.items()}
         raise DataError(f"{file} is damaged: its tensors are of shapes {shapes}")
     for array, end in ((tokens, vocab_size), (sources, num_sources)):
-        if array.min() < 0 or array.max() >= end:
-            raise DataError(f"{file} is damaged: it holds the number {array.max()}, and {end} is too much")
+        wrong = array[(array < 0) | (array >= end)]
+        if wrong.size:
+            raise DataError(f"{file} is damaged: it holds the number {wrong[0]}; those there are 0 to {end - 1}")
     return tensors
 
 

@@ -45,8 +45,8 @@ def choose_checkpoints(path: Path, resume: str) -> list[Path]:
     if resume == "auto":
         if not own and (checkpoints / "latest").exists():
             raise RecipeError(
-                f"{checkpoints} holds no checkpoint, and its `latest` says that there was one: the run would start over; "
-                "look for the folder it names, also as a hidden .step-*, or name another --run-dir"
+                f"{checkpoints} holds no checkpoint, and its `latest` says that there was one: the run would start "
+                "over; look for the folder it names, also as a hidden .step-*, or name another --run-dir"
             )
         return own
     given = Path(resume)

@@ -33,7 +33,7 @@ from data_pipeline.row_source import RowSource
 from moepp_ds.agreement import AgreedError, all_or_none
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.config import Recipe, RecipeError, controller_rate, load_recipe
-from moepp_ds.consistency import check_consistency
+from moepp_ds.consistency import RanksDiffer, check_consistency
 from moepp_ds.controller import RoutingState, next_state, restored_state
 from moepp_ds.engine import LostRankError, Ranks, build_engine, join_ranks, naming_lost_ranks
 from moepp_ds.evaluate import Score, evaluate
@@ -44,7 +44,6 @@ from moepp_ds.run import Progress, Run, announce, check_rows_drawn, finish, open
 from moepp_ds.saves import Saves
 from moepp_ds.stop import StopSignal
 from moepp_ds.update import Incident, UpdateResult, update
-
 
 GOING_ON = "; to go on past it: --resume auto with safety.non_finite or safety.on_spike skip, within safety.max_skips"
 
@@ -70,8 +69,9 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
     except Exception as error:
         if folder:
             folder.log(f"error: {error}")
-            # What stays true however often it is tried, a supervisor need not try again.
-            again = not isinstance(error, (BadUpdate, DataError))
+            # A supervisor need not try again what stays true however often it is tried, and must not go on, by itself,
+            # from the newest checkpoint where that may hold what a faulty rank made of the weights.
+            again = not isinstance(error, (BadUpdate, DataError, RanksDiffer))
             with suppress(OSError):  # a full disk must not hide what went wrong
                 folder.set_status("failed", step=folder.step, message=str(error), restart=again)
             with suppress(OSError):

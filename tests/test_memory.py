@@ -296,6 +296,12 @@ def test_each_setting_named_is_the_least_that_fits() -> None:
     assert needs[8] < needs[4] < needs[2] < needs[1]
 
 
+def test_offload_is_not_named_where_it_is_refused() -> None:
+    recipe, given = seven_billion("parallel.expert_parallel=1", "train.precision=fp16")
+    named = list(settings_that_fit(recipe, given, 8, Room(20 * GIB, 60 * GIB, 8)))
+    assert [line.split()[0] for line in named] == ["parallel.expert_parallel:", "32"]
+
+
 def test_nothing_fits_a_device_that_cannot_hold_the_weights() -> None:
     recipe, given = seven_billion()
     with pytest.raises(RecipeError, match="No number of ranks, nor offload, would make it fit"):

@@ -158,6 +158,30 @@ def test_bad_updates_are_skipped_up_to_a_number(tmp_path: Path) -> None:
     assert {record["step"]: record["loss"] for record in metrics(run)} == {at: r["loss"] for at, r in records.items()}
 
 
+def test_a_save_that_fails_does_not_hide_the_bad_update(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").write_text("in the way of a folder")
+    settings = ["safety.spike_above=1e-6", "safety.spike_window=8", "train.max_lr=0.05", "train.final_lr=0.05"]
+    done = run_alone(run, "checkpoint.every=99", *settings)
+    ended = status(run)
+    assert done.returncode == 1 and (ended["state"], ended["restart"]) == ("failed", False)
+    said = done.stderr.splitlines()[-1]
+    assert said == f"error: {ended['message']}"
+    assert ": a spike (" in said and f". no checkpoint of update {ended['step']}: " in said
+
+
+def test_a_monitor_that_cannot_write_does_not_end_the_run(whole: Path, tmp_path: Path) -> None:
+    config = {"zero_optimization": {"stage": 2}, "csv_monitor": {"enabled": True, "output_path": str(tmp_path)}}
+    config["csv_monitor"]["job_name"] = "curves"
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    (tmp_path / "curves/train_lr.csv").mkdir(parents=True)  # in the way of a file
+    run = tmp_path / "run"
+    done = run_alone(run, "train.max_steps=2", f"deepspeed={tmp_path / 'ds.json'}")
+    assert done.returncode == 0 and "a monitor of the DeepSpeed JSON misses points: " in done.stderr
+    assert (tmp_path / "curves/train_loss.csv").exists()
+
+
 def test_what_changed_is_said_and_what_may_not_is_refused(whole: Path, tmp_path: Path) -> None:
     run = undone(whole, tmp_path)
     done = run_alone(run, EVERY, "model.moe.tau=0.5", resume="auto")

@@ -43,14 +43,15 @@ def settings_that_fit(recipe: Recipe, config: Mapping[str, Any], world: int, roo
     """
     ways = [n for n in range(recipe.parallel.expert_parallel + 1, world + 1) if _divides(recipe, n, world)]
     offloaded = _with_offload(config)
-    is_new, has_gpu = offloaded != config, room.device is not None
+    # with fp16 the optimizer stays on the device: see `ds_config`
+    can_move = offloaded != config and room.device is not None and recipe.train.precision != "fp16"
     for n in ways:
         if _fits(_spread(recipe, n), config, world, room):
             yield f"parallel.expert_parallel: {n}"
             break
-    if is_new and has_gpu and _fits(recipe, offloaded, world, room):
+    if can_move and _fits(recipe, offloaded, world, room):
         yield "the optimizer on the host (deepspeed: ds_configs/zero2_offload.json)"
-    elif is_new and has_gpu:
+    elif can_move:
         for n in ways:
             if _fits(_spread(recipe, n), offloaded, world, room):
                 yield f"the optimizer on the host (ds_configs/zero2_offload.json) and parallel.expert_parallel: {n}"

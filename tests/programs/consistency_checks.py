@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import Batch
-from moepp_ds.agreement import AgreedError
 from moepp_ds.checkpoint.fragments import owned_fragments
-from moepp_ds.consistency import check_consistency
+from moepp_ds.consistency import RanksDiffer, check_consistency
 from moepp_ds.engine import join_ranks
 from tests.programs import checks, tiny
 
@@ -43,7 +42,7 @@ def found(batches: Sequence[Batch] | None = None) -> list[str]:
     """What is said of the engine after its second update, line by line."""
     try:
         check_consistency(ENGINE, mine() if batches is None else batches, 2)
-    except AgreedError as error:
+    except RanksDiffer as error:
         first, *lines, last = str(error).split("\n")
         assert first == "the ranks no longer agree after update 2:"
         assert last.startswith("Resume from a checkpoint of an update that was found right")

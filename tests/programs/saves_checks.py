@@ -1,0 +1,94 @@
+"""Checks of when a run is saved, in real ranks; tests/test_saves.py starts them.
+
+    ... --module tests.programs.saves_checks FOLDER
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import torch.distributed as dist
+
+from moepp_ds.checkpoint.files import candidates
+from moepp_ds.controller import RoutingState
+from moepp_ds.run import Progress, Run
+from moepp_ds.saves import Saves
+from tests.programs import checks, tiny
+from tests.programs.checkpoint_checks import FOLDER, RANKS, files_of_at_most, wait_until
+
+
+@contextmanager
+def saves_of(name: str, *overrides: str) -> Iterator[Saves]:
+    """The saves of a run of the tiny recipe that has no data and no record; its folder has that name."""
+    asked = tiny.recipe(*overrides)
+    engine = tiny.engine_for(asked, RANKS)
+    run = Run(asked, RANKS, engine, None, {}, FOLDER / name, None, None, 99)  # type: ignore[arg-type]
+    with closing(Saves(run)) as saves:
+        yield saves
+
+
+def after(saves: Saves, step: int, *, all_ready: bool = False) -> None:
+    saves.after_update(Progress(step, RoutingState()), dict, all_ready=all_ready)
+
+
+def saved(name: str) -> list[int]:
+    """Updates of the complete checkpoints, the newest first, when all ranks have looked."""
+    found = [int(folder.name.removeprefix("step-")) for folder in candidates(FOLDER / name / "checkpoints")]
+    dist.barrier()
+    return found
+
+
+def failed_save_is_tried_again_before_the_next_is_due() -> None:
+    with saves_of("again", "checkpoint.every=20") as saves:
+        with files_of_at_most(20000, rank=1):
+            after(saves, 20)
+        assert saved("again") == []
+        for step, expected in ((21, []), (22, [22]), (23, [22]), (40, [40, 22])):
+            after(saves, step)
+            assert saved("again") == expected, step
+
+
+def failed_save_in_the_background_is_tried_again() -> None:
+    with saves_of("behind", "checkpoint.every=20", "checkpoint.background=true") as saves:
+        with files_of_at_most(20000, rank=1):
+            after(saves, 20)
+            wait_until(lambda: saves.ready)
+        after(saves, 23, all_ready=True)
+        assert saved("behind") == []
+        after(saves, 25)
+        wait_until(lambda: saves.ready)
+        after(saves, 26, all_ready=True)
+        assert saved("behind") == [25]
+
+
+def last_save_is_tried_although_one_before_it_failed() -> None:
+    with saves_of("last", "checkpoint.every=2", "checkpoint.background=true") as saves:
+        with files_of_at_most(20000, rank=1):
+            after(saves, 2)
+            wait_until(lambda: saves.ready)
+        saves.last(Progress(3, RoutingState()), {})
+    assert saved("last") == [3]
+
+
+def what_is_saved_is_not_saved_again() -> None:
+    with saves_of("once", "checkpoint.every=2", "checkpoint.background=true") as saves:
+        after(saves, 2)
+        saves.last(Progress(2, RoutingState()), {})
+        index = FOLDER / "once/checkpoints/step-00000002/index.json"
+        written = index.stat().st_mtime_ns
+        saves.last(Progress(2, RoutingState()), {})
+        assert index.stat().st_mtime_ns == written
+        dist.barrier()
+
+
+CHECKS = [
+    failed_save_is_tried_again_before_the_next_is_due,
+    failed_save_in_the_background_is_tried_again,
+    last_save_is_tried_although_one_before_it_failed,
+    what_is_saved_is_not_saved_again,
+]
+
+if __name__ == "__main__":
+    checks.run(CHECKS)
+    dist.destroy_process_group()
