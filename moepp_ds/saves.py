@@ -1,7 +1,7 @@
 """When a run is saved, and what becomes of a save that fails.
 
-1. A save is due every `checkpoint.every` updates. In the background it is only begun then, and ends when all ranks
-   have said, beside the losses of an update, that they have written their part.
+1. A save is due every `checkpoint.every` updates. It is only begun then, and published when all ranks have said,
+   beside the losses of an update, that their part is on the disk, and proven.
 2. One that fails is warned of and tried again, sooner than the next is due: earlier checkpoints are untouched, and
    a disk that is full now may have room in an hour.
 3. The last one, at the end or at a stop, is waited for, and fails the run if it fails.
@@ -14,6 +14,7 @@ from typing import Any
 
 from moepp_ds.agreement import all_or_none
 from moepp_ds.checkpoint import CheckpointError
+from moepp_ds.checkpoint.files import step_of
 from moepp_ds.checkpoint.live import Saver
 from moepp_ds.run import Progress, Run, versions
 
@@ -32,7 +33,7 @@ class Saves:
 
     @property
     def ready(self) -> bool:
-        """Whether this rank has written its part of a save in the background."""
+        """Whether this rank's part of a save waits to be published."""
         return self._saver.ready
 
     def after_update(self, progress: Progress, data: Callable[[], Mapping[str, Any]], *, all_ready: bool) -> None:
@@ -48,12 +49,12 @@ class Saves:
             self._publish()
         except CheckpointError as error:  # what kept an earlier one from the disk may be over
             self._run.say(f"warning: {error}")
-        if self._saver.last is None or int(self._saver.last.name.removeprefix("step-")) != progress.step:
+        if self._saver.last is None or step_of(self._saver.last) != progress.step:
             self._save(progress, data)
             self._publish()
 
     def close(self) -> None:
-        """End what is under way in the background, unpublished."""
+        """End what is under way, unpublished."""
         self._saver.close()
 
     def _attempt(self, progress: Progress, action: Callable[[], None]) -> None:
@@ -87,14 +88,9 @@ class Saves:
                 "origin": run.origin,
             },
         )
-        if not run.recipe.checkpoint.background:
-            self._say_saved(progress.step)
 
     def _publish(self) -> None:
         published = self._saver.complete()
         if published is not None:
-            self._say_saved(int(published.name.removeprefix("step-")))
-
-    def _say_saved(self, step: int) -> None:
-        self._run.note_status(step)
-        self._run.say(f"saved {self._saver.last}")
+            self._run.note_status(step_of(published))
+            self._run.say(f"saved {published}")

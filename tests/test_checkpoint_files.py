@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moepp_ds.checkpoint import CheckpointError
-from moepp_ds.checkpoint.chunks import CHUNK_BYTES, ChunkReader, chunk_ranges, write_chunks
+from moepp_ds.checkpoint.chunks import CHUNK_BYTES, ChunkReader, chunk_ranges, prove_chunks, write_chunks
 from moepp_ds.checkpoint.compare import compare
 from moepp_ds.checkpoint.errors import DamagedCheckpoint
 from moepp_ds.checkpoint.files import candidates, delete, read_index, set_aside_old
@@ -51,6 +51,32 @@ def test_chunks_are_read_as_they_were_written(tmp_path: Path, sizes: list[int]) 
         end = min((offset // CHUNK_BYTES + 1) * CHUNK_BYTES, len(content))
         assert bytes(reader.rest_of_chunk("file", 4096 + offset)) == content[offset:end]
     assert reader.damage("file") == []
+
+
+def test_disks_that_want_another_alignment(tmp_path: Path) -> None:
+    """Chunks where nothing goes past the system's cache are written and proven through it."""
+    content = random.Random(2).randbytes(5000)
+    note = write_chunks(tmp_path / "file", b"h" * 100, [memoryview(content)])
+    assert (tmp_path / "file").read_bytes() == b"h" * 100 + content
+    prove_chunks(tmp_path / "file", note)
+
+
+@pytest.mark.parametrize("place", [0, 4095, 4096, 9000])
+def test_a_disk_that_holds_something_else(tmp_path: Path, place: int) -> None:
+    file = tmp_path / "file"
+    note = write_chunks(file, b"h" * 4096, [memoryview(bytes(5000))])
+    prove_chunks(file, note)
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"file does not hold what was written to it: bytes \d+ to \d+"):
+        prove_chunks(file, note)
+    file.write_bytes(content[:5000])
+    with pytest.raises(CheckpointError, match="file does not hold what was written to it"):
+        prove_chunks(file, note)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="file cannot be read back: .*No such file"):
+        prove_chunks(file, note)
 
 
 def test_what_is_read_is_what_is_wanted_and_no_chunk_twice(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ for step, background in ((1, False), (2, True)):
     saver = Saver(engine, disk, keep=9, background=background)
     if step == 1:
         saver.save(step=0, facts={"data": None})
+        saver.complete()
     tiny.train(engine, asked, ranks, [step])  # the run is alive
     try:
         saver.save(step=step, facts={"data": None})

@@ -85,6 +85,7 @@ def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None
         "--max_restarts 5 RECIPE": f"--max_restarts 5 {GOLDEN_RECIPE}",
         "replay runs/NAME --step N": f"replay {bad} --step {bad_step}",
         "FOLDER runs/continued --recipe RECIPE": f"{native} {tmp_path / 'native-run'} --recipe {GOLDEN_RECIPE}",
+        "bench.save RECIPE --folder DIR": f"bench.save {GOLDEN_RECIPE} --folder {tmp_path} --repeats 1",
         "data/shards": str(small),
         "runs/NAME": str(tmp_path / "run"),
         "runs/": f"{tmp_path}/",
@@ -116,7 +117,7 @@ def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         ran += 1
-    assert ran >= 18
+    assert ran >= 19
 
 
 def test_every_path_that_is_named_exists() -> None:

@@ -7,7 +7,6 @@ from programs.checks import expect, start
 
 CHECKS = [
     "failed_save_is_tried_again_before_the_next_is_due",
-    "failed_save_in_the_background_is_tried_again",
     "last_save_is_tried_although_one_before_it_failed",
     "what_is_saved_is_not_saved_again",
 ]

@@ -5,8 +5,8 @@
 
 1. Build the recipe's engine; its data are not needed. Fill the optimizer as if it had trained.
 2. In turns, `repeats` times: every rank writes as many bytes as its fragments have to a file of its own and waits for
-   the disk (the plain write); a save in the foreground; a save in the background, of which only the two parts count
-   that stop training: the copy, and publishing.
+   the disk (the plain write); a save in the foreground; a save in the background. Of the saves only the two parts
+   count that stop training: writing or copying, and publishing.
 3. Each time is that of the slowest rank; what is compared are medians.
 4. The memory of each rank at its highest, beyond what it was before, in a save of either kind and in a load.
 
@@ -53,11 +53,8 @@ def measure(engine: Any, root: Path, *, repeats: int) -> dict[str, Any]:
     memory["background"] = _highest(first_in_background)
     for step in range(1, repeats + 1):
         seconds["plain"].append(_slowest(lambda: _write_plainly(root, fragments)))
-        seconds["foreground"].append(_slowest(lambda: _save(foreground, step)))
-        stopped = _slowest(lambda: savers[0].save(step=step, facts={"data": None}))
-        while not savers[0].ready:
-            time.sleep(0.01)
-        seconds["background"].append(stopped + _slowest(lambda: savers[0].complete()))
+        seconds["foreground"].append(_stopped(foreground, step))
+        seconds["background"].append(_stopped(savers[0], step))
     last = foreground.last
     assert last is not None
     memory["load"] = _highest(lambda: load_checkpoint(engine, last))
@@ -86,6 +83,14 @@ def _fill(engine: Any) -> int:
 def _save(saver: Saver, step: int) -> None:
     saver.save(step=step, facts={"data": None})
     saver.complete()
+
+
+def _stopped(saver: Saver, step: int) -> float:
+    """Seconds for which a save stops training."""
+    stopped = _slowest(lambda: saver.save(step=step, facts={"data": None}))
+    while not saver.ready:
+        time.sleep(0.01)
+    return stopped + _slowest(saver.complete)
 
 
 def _write_plainly(root: Path, size: int) -> None:

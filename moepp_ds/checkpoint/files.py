@@ -70,6 +70,21 @@ class _Index(BaseModel):
     files: dict[Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")], _FileNote]  # no path leads out of the folder
 
 
+def folder_name(step: int) -> str:
+    """The folder of the checkpoint of update `step`."""
+    return f"step-{step:08d}"
+
+
+def partial_folder(root: Path, step: int) -> Path:
+    """Where a checkpoint is until it is published."""
+    return root / f".{folder_name(step)}.partial"
+
+
+def step_of(folder: Path) -> int:
+    """The update whose checkpoint is in a folder of `folder_name`."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def write_index(folder: Path, content: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     """Write index.json with the notes of all ranks' files; with it the folder is a complete checkpoint.
 
@@ -102,8 +117,14 @@ def too_old(newest: Path, *, keep: int) -> list[Path]:
 
     Later steps are of the part of the run that a resumed one left behind: they do not count, and they stay.
     """
-    complete = [folder for folder in sorted(newest.parent.glob("step-*")) if (folder / "index.json").exists()]
-    return complete[: complete.index(newest) + 1][:-keep]
+    complete = _complete(newest.parent)
+    return [complete[step] for step in sorted(complete) if step <= step_of(newest)][:-keep]
+
+
+def _complete(root: Path) -> dict[int, Path]:
+    """The complete checkpoints under `root`, by their steps."""
+    folders = [folder for folder in root.glob("step-*") if _NAME.fullmatch(folder.name)]
+    return {step_of(folder): folder for folder in folders if (folder / "index.json").exists()}
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -166,16 +187,12 @@ def candidates(root: Path) -> list[Path]:
     Those are the one that `latest` names and, in case it is damaged, the ones before it; later ones are of a part of
     the run that was left behind. Where `latest` itself is missing or names nothing, all of them, by their steps.
     """
-    complete = {
-        int(folder.name[5:]): folder
-        for folder in root.glob("step-*")
-        if _NAME.fullmatch(folder.name) and (folder / "index.json").exists()
-    }
+    complete = _complete(root)
     try:
         newest = find_checkpoint(root)
     except (DamagedCheckpoint, OSError):
         newest = None
-    last = int(newest.name[5:]) if newest else max(complete, default=0)
+    last = step_of(newest) if newest else max(complete, default=0)
     return [complete[step] for step in sorted(complete, reverse=True) if step <= last]
 
 

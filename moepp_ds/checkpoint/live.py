@@ -2,10 +2,11 @@
 
 Saving
 1. Prepare  rank 0 clears what an earlier attempt left, and every rank makes the folder `.step-N.partial`.
-2. Write    each rank its own file, from the live tensors or, in the background, on a thread from a copy in host
-            memory; fsynced, and proven by reading it back. Nobody waits for another rank here.
-3. Publish  when all ranks have written, rank 0 writes the index, renames the folder, moves `latest`, and deletes
-            what is too old.
+2. Write    each rank its own file, until the disk has it: from the live tensors while training waits, or in the
+            background from a copy in host memory. Nobody waits for another rank here.
+3. Prove    on a thread, while training goes on, each rank reads its file back from the disk.
+4. Publish  when all ranks have proven theirs, rank 0 writes the index, renames the folder, moves `latest`, and
+            deletes what is too old.
 
 Loading
 1. All ranks see the same index, of the same model; every file is there, and every parameter as a whole.
@@ -18,6 +19,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -29,10 +31,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moepp_ds.agreement import agreed_message, all_or_none, gather
+from moepp_ds.checkpoint.chunks import prove_chunks
 from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from moepp_ds.checkpoint.files import (
     KINDS,
     delete,
+    folder_name,
+    partial_folder,
     publish,
     read_index,
     set_aside_old,
@@ -50,24 +55,51 @@ Tensors = dict[tuple[str, str, int], Tensor]
 
 
 class _Write(Thread):
-    """One rank's part of a save: its file and its fingerprints. Run in place, or started to go on by itself."""
+    """One rank's part of a save: its file and its fingerprints. What was not written in place, the thread writes."""
 
     def __init__(self, file: Path, tensors: Tensors, content: Mapping[str, Any]) -> None:
         super().__init__(name="checkpoint-write", daemon=True)
         self.file, self.content = file, content
-        self.note: dict[str, Any] = {}
+        self.note: dict[str, Any] | None = None
         self.fingerprints = Fingerprints(content["parameters"])
-        self.problem: Exception | None = None
+        self.problem: Exception | None = None  # raised on all ranks by `Saver.complete`
         self._tensors = tensors
 
-    def run(self) -> None:
+    def write(self) -> None:
+        """Have the file on the disk."""
         try:
-            for (kind, name, start), tensor in self._tensors.items():
-                if kind == "weight":
-                    self.fingerprints.add(name, start, tensor)
-            self.note = write_fragments(self.file, self._tensors)
-        except Exception as error:  # raised on all ranks by `Saver.complete`
+            with ThreadPoolExecutor(1, thread_name_prefix="fingerprints") as beside:  # the disk leaves time for it
+                fingerprints = beside.submit(self._add_fingerprints)
+                self.note = write_fragments(self.file, self._tensors)
+                fingerprints.result()
+        except Exception as error:
             self.problem = error
+
+    def go_on(self) -> None:
+        """Do what is left behind training's back, or here where no thread can be had."""
+        try:
+            self.start()
+        except RuntimeError:
+            self.run()
+
+    def run(self) -> None:
+        if self.note is None and self.problem is None:
+            self.write()
+        try:
+            if self.note is not None:
+                prove_chunks(self.file, self.note)
+        except Exception as error:
+            self.problem = error
+
+    def wait(self) -> None:
+        """Wait until all is done."""
+        if self.is_alive():
+            self.join()
+
+    def _add_fingerprints(self) -> None:
+        for (kind, name, start), tensor in self._tensors.items():
+            if kind == "weight":
+                self.fingerprints.add(name, start, tensor)
 
 
 class Saver:
@@ -77,7 +109,8 @@ class Saver:
     """
 
     def __init__(self, engine: Any, root: Path, *, keep: int, background: bool = False) -> None:
-        """keep: complete checkpoints that stay, the newest included. background: whether training goes on meanwhile.
+        """keep: complete checkpoints that stay, the newest included.
+        background: training goes on while they are written, too, and not only while they are proven.
 
         In the background this rank's fragments are copied to host memory, which is taken here, for good.
         """
@@ -89,15 +122,16 @@ class Saver:
         self._cleaner: Thread | None = None
 
     def save(self, *, step: int, facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint of update `step`. In the background it is published by a later `complete`. Collective.
+        """Write a checkpoint of update `step`, which a later `complete` publishes. Collective.
 
         facts: what else belongs to the run (recipe, data position, versions), stored in the index as JSON.
-        Raises CheckpointError on every rank when one of them cannot write; earlier checkpoints stay as they are, and
+        The engine may train on when this returns. What kept a rank from writing, `complete` raises.
+        Raises CheckpointError on every rank when one of them cannot begin; earlier checkpoints stay as they are, and
         nothing is left of this one. So does the end of a save before it that was not completed yet.
         """
         self.complete()
         self._join_cleaner()
-        partial = self._root / f".step-{step:08d}.partial"
+        partial = partial_folder(self._root, step)
         with self._undone_on_failure(step):
             with all_or_none(CheckpointError):
                 if dist.get_rank() == 0:
@@ -111,29 +145,26 @@ class Saver:
                 file = f"rank-{dist.get_rank():05d}-of-{dist.get_world_size():05d}.safetensors"
                 self._write = _Write(partial / file, tensors, content)
         assert self._write is not None
-        if self._copies is not None:
-            self._write.start()
-        else:
-            self._write.run()
-            self.complete()
+        if self._copies is None:
+            self._write.write()
+        self._write.go_on()
 
     @property
     def ready(self) -> bool:
-        """Whether this rank's background write has ended, well or not, and waits for `complete`."""
+        """Whether this rank's part of a save has ended, well or not, and waits for `complete`."""
         return self._write is not None and not self._write.is_alive()
 
     def complete(self) -> Path | None:
-        """Wait for what is being written, publish it, and return its folder; None if there is nothing. Collective.
+        """Wait for what is being saved, publish it, and return its folder; None if there is nothing. Collective.
 
         Raises CheckpointError on every rank when one of them could not write.
         """
         if self._write is None:
             return None
         write, self._write = self._write, None
-        if write.is_alive():
-            write.join()
+        write.wait()
         partial, step = write.file.parent, write.content["step"]
-        final = partial.with_name(f"step-{step:08d}")
+        final = self._root / folder_name(step)
         with self._undone_on_failure(step):
             with all_or_none(CheckpointError):
                 if write.problem is not None:
@@ -153,8 +184,8 @@ class Saver:
 
     def close(self) -> None:
         """Wait for this rank's threads and give its memory back. A save that was not completed is not published."""
-        if self._write is not None and self._write.is_alive():
-            self._write.join()
+        if self._write is not None:
+            self._write.wait()
         self._join_cleaner()
         if self._copies is not None:
             self._copies.close()
@@ -171,17 +202,14 @@ class Saver:
         except CheckpointError as error:
             self._write = None
             if dist.get_rank() == 0:
-                shutil.rmtree(self._root / f".step-{step:08d}.partial", ignore_errors=True)
+                shutil.rmtree(partial_folder(self._root, step), ignore_errors=True)
             raise CheckpointError(f"no checkpoint of update {step}: {error}") from error
 
     def _delete_old(self, newest: Path) -> None:
         self._join_cleaner()
         old = set_aside_old(newest, keep=self._keep)
-        if self._copies is None:
-            delete(old)
-        else:  # gigabytes may take a while
-            self._cleaner = Thread(target=delete, args=(old,), name="checkpoint-clean", daemon=True)
-            self._cleaner.start()
+        self._cleaner = Thread(target=delete, args=(old,), name="checkpoint-clean", daemon=True)
+        self._cleaner.start()
 
     def _join_cleaner(self) -> None:
         if self._cleaner is not None:

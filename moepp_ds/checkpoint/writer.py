@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moepp_ds.checkpoint.chunks import prove_chunks
 from moepp_ds.checkpoint.errors import CheckpointError
-from moepp_ds.checkpoint.files import KINDS, publish, write_index
+from moepp_ds.checkpoint.files import KINDS, folder_name, partial_folder, publish, write_index
 from moepp_ds.checkpoint.fingerprints import Fingerprints
 from moepp_ds.checkpoint.tensors import write_fragments
 from moepp_ds.config.errors import nearest
@@ -53,7 +54,7 @@ def write_weights(
     Raises CheckpointError for a piece of no parameter, outside of it, over another one, or with values that are not
     finite, and at the end for all parameters that lack elements. Whatever fails, no checkpoint is left behind.
     """
-    final, partial = root / f"step-{step:08d}", root / f".step-{step:08d}.partial"
+    final, partial = root / folder_name(step), partial_folder(root, step)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -64,6 +65,7 @@ def write_weights(
         for batch in _in_batches(_parts(named, placed, file_bytes // 4), file_bytes):
             file = partial / f"part-{len(files):05d}.safetensors"
             files[file.name] = write_fragments(file, batch)
+            prove_chunks(file, files[file.name])
             for (kind, name, start), values in batch.items():
                 if kind == "weight":
                     fingerprints.add(name, start, values)

@@ -109,7 +109,7 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept; older ones are deleted. Checkpoints."""
 
     background: bool = False
-    """Whether training goes on from a copy in host memory while a checkpoint is written."""
+    """Whether training goes on, from a copy in host memory, while a checkpoint is written; else while it is proven."""
 
 
 class EvaluationConfig(Section):

@@ -66,8 +66,11 @@ def stored_arrays(folder: Path) -> dict[str, Tensor]:
 def save(engine: Any, root: Path, step: int, *, keep: int = 9) -> Path:
     saver = Saver(engine, root, keep=keep)
     saver.save(step=step, facts=FACTS)
-    assert saver.last is not None
-    return saver.last
+    folder = saver.complete()
+    saver.close()
+    dist.barrier()
+    assert folder is not None
+    return folder
 
 
 def trained(ways: int, steps: int, precision: str = "fp32") -> tuple[Any, Any]:

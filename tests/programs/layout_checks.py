@@ -50,8 +50,9 @@ def engine_of(layout: str) -> tuple[Any, Any]:
 def save(engine: Any, root: Path, step: int) -> Path:
     saver = Saver(engine, root, keep=9)
     saver.save(step=step, facts={"recipe": {}, "data": None})
-    assert saver.last is not None
-    return saver.last
+    folder = saver.complete()
+    assert folder is not None
+    return folder
 
 
 def do(job: str) -> None:

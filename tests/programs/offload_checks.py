@@ -96,7 +96,7 @@ def _resumes(precision: str, ways: int, *, saved_offloaded: bool) -> None:
     engine, _, states = trained(asked(precision, 2, offload=saved_offloaded, ways=ways), range(2))
     saver = Saver(engine, root, keep=1)
     saver.save(step=2, facts={"recipe": {"name": "tiny"}, "data": {"rows": 16}})
-    folder, recipe = saver.last, asked(precision, 2, offload=not saved_offloaded, ways=ways)
+    folder, recipe = saver.complete(), asked(precision, 2, offload=not saved_offloaded, ways=ways)
     going_on = tiny.train(engine, recipe, RANKS, range(2, 4))
     other = tiny.engine_for(recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 7})}), RANKS)
     assert folder is not None
@@ -120,7 +120,7 @@ def offloaded_is_digit_for_digit_again() -> None:
     saver = Saver(engine, FOLDER / "again", keep=1)
     saver.save(step=2, facts={"recipe": {"name": "tiny"}, "data": {"rows": 16}})
     going_on = tiny.train(engine, recipe, RANKS, range(2, 5))
-    other, folder = tiny.engine_for(recipe, RANKS), saver.last
+    other, folder = tiny.engine_for(recipe, RANKS), saver.complete()
     assert folder is not None
     load_checkpoint(other, folder)
     assert tiny.train(other, recipe, RANKS, range(2, 5)) == going_on

@@ -159,8 +159,9 @@ def saved(name: str) -> tuple[Any, Path]:
     _, engine = trained(2, 1)
     saver = Saver(engine, FOLDER / name, keep=9)
     saver.save(step=1, facts=FACTS)
-    assert saver.last is not None
-    return engine, saver.last
+    folder = saver.complete()
+    assert folder is not None
+    return engine, folder
 
 
 def exchanged_experts_are_named() -> None:
