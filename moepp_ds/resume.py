@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from data_pipeline.row_source import Rows
 from data_pipeline.weights import as_written
 from moepp_ds.agreement import all_or_none, gather
 from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from moepp_ds.checkpoint.files import candidates, read_index
+from moepp_ds.checkpoint.files import candidates, read_index, step_of
 from moepp_ds.checkpoint.live import load_checkpoint
 from moepp_ds.config import Recipe, RecipeError
-from moepp_ds.config.stored import stored_recipe
+from moepp_ds.config.stored import dotted, stored_recipe
 from moepp_ds.engine import Ranks
 
 FIXED_AT_RESUME = ("train.batch_tokens", "train.micro_batch_size")
@@ -37,9 +38,8 @@ def choose_checkpoints(path: Path, resume: str) -> list[Path]:
     """
     checkpoints = path / "checkpoints"
     own = candidates(checkpoints)
-    holds_run = (path / "metrics.jsonl").exists() or bool(own)
     if resume == "none":
-        if holds_run:
+        if own or (path / "metrics.jsonl").exists():
             raise RecipeError(f"{path} already holds a run; continue it with --resume auto, or name another --run-dir")
         return []
     if resume == "auto":
@@ -52,12 +52,26 @@ def choose_checkpoints(path: Path, resume: str) -> list[Path]:
     given = Path(resume)
     # the folder of a run, or of its checkpoints: the newest of them
     found = candidates(given) or candidates(given / "checkpoints") or [given]
-    if holds_run and checkpoints.resolve() not in found[0].resolve().parents:
+    if checkpoints.resolve() not in found[0].resolve().parents and not _may_begin(path, found[0]):
         raise RecipeError(
             f"{path} already holds a run, and {resume} is no checkpoint of it; name another --run-dir for a run that "
             "begins there"
         )
     return found
+
+
+def _may_begin(path: Path, checkpoint: Path) -> bool:
+    """Whether a folder holds nothing of a run, or the start of one that went on from there and never saved."""
+    metrics = path / "metrics.jsonl"
+    if candidates(path / "checkpoints") or (path / "checkpoints" / "latest").exists():
+        return False
+    if not metrics.exists():
+        return True
+    try:
+        with metrics.open(encoding="utf-8") as lines:
+            return bool(json.loads(next(lines, "{}"))["step"] == step_of(checkpoint) + 1)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class Resumption:
@@ -118,7 +132,7 @@ def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
     """
     # Read as a recipe, so that a key that is newer than the checkpoint has the default it had then.
     began = stored_recipe(index["recipe"], place="the recipe in the checkpoint")
-    stored, asked = (_flatten(one.model_dump(mode="json")) for one in (began, recipe))
+    stored, asked = (dotted(one.model_dump(mode="json")) for one in (began, recipe))
     changes = {
         key: f"{key}: {as_written(stored.get(key))} then, {as_written(asked.get(key))} now"
         for key in sorted(stored.keys() | asked.keys())
@@ -131,10 +145,3 @@ def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
         said = "the checkpoint is of another run; restore these in the recipe, or start a new run:"
         raise RecipeError("\n  ".join([said, *fixed]))
     return list(changes.values())
-
-
-def _flatten(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat.update(_flatten(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key: value})
-    return flat

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_pipeline.row_source import RowSource
 from data_pipeline.stream import HeldOut
+from moepp_ds.agreement import all_or_none
 from moepp_ds.config import Recipe
 from moepp_ds.controller import RoutingState
 from moepp_ds.engine import Ranks
@@ -180,8 +181,9 @@ def announce(run: Run, progress: Progress, resumption: Resumption, *, resume: st
 
 
 def finish(run: Run, progress: Progress) -> None:
-    """The completion marker: what a supervisor trusts rather than exit codes."""
+    """The completion marker: what a supervisor trusts rather than exit codes. Collective."""
     state = "completed" if progress.step >= run.total_steps else "stopped"
-    if run.folder:
-        run.folder.set_status(state, step=progress.step)
+    with all_or_none():
+        if run.folder:
+            run.folder.set_status(state, step=progress.step)
     run.say(f"{state} after update {progress.step}: {run.path}")

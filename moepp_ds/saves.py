@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from moepp_ds.agreement import all_or_none
@@ -25,11 +26,15 @@ RETRY_SHARE = 10
 class Saves:
     """The checkpoints of one run. Its methods are collective."""
 
-    def __init__(self, run: Run) -> None:
-        options = run.recipe.checkpoint
+    def __init__(self, run: Run, resumed: Path | None = None) -> None:
+        """resumed: the checkpoint that the run went on from; one of its own need not be written again."""
+        options, root = run.recipe.checkpoint, run.path / "checkpoints"
         self._run, self._every = run, options.every
-        self._saver = Saver(run.engine, run.path / "checkpoints", keep=options.keep, background=options.background)
+        self._saver = Saver(run.engine, root, keep=options.keep, background=options.background)
         self._retry_at: int | None = None
+        self._saved: int | None = None
+        if resumed is not None and resumed.parent.resolve() == root.resolve():
+            self._saved = step_of(resumed)
 
     @property
     def ready(self) -> bool:
@@ -49,7 +54,7 @@ class Saves:
             self._publish()
         except CheckpointError as error:  # what kept an earlier one from the disk may be over
             self._run.say(f"warning: {error}")
-        if self._saver.last is None or step_of(self._saver.last) != progress.step:
+        if self._saved != progress.step:
             self._save(progress, data)
             self._publish()
 
@@ -92,5 +97,6 @@ class Saves:
     def _publish(self) -> None:
         published = self._saver.complete()
         if published is not None:
-            self._run.note_status(step_of(published))
+            self._saved = step_of(published)
+            self._run.note_status(self._saved)
             self._run.say(f"saved {published}")

@@ -64,7 +64,7 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
     try:
         with naming_lost_ranks(recipe, ranks):
             announce(run, progress, resumption, resume=resume)
-            progress = _loop(run, progress, data_state=resumption.data_state, stop=stop)
+            progress = _loop(run, progress, resumption, stop)
             finish(run, progress)
     except Exception as error:
         if folder:
@@ -77,9 +77,9 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
             with suppress(OSError):
                 folder.close()
         raise
-    if folder:
-        folder.close()
-    dist.barrier()
+    with all_or_none():
+        if folder:
+            folder.close()
     dist.destroy_process_group()
     return progress
 
@@ -103,7 +103,7 @@ def _begin(recipe: Recipe, ranks: Ranks, path: Path, resume: str) -> tuple[Run, 
     return run, progress, resumption
 
 
-def _loop(run: Run, progress: Progress, *, data_state: Mapping[str, Any] | None, stop: StopSignal) -> Progress:
+def _loop(run: Run, progress: Progress, resumption: Resumption, stop: StopSignal) -> Progress:
     """Update after update, from `progress` to the end of the run or to a stop; the last one is always saved."""
     recipe = run.recipe
     loader = Loader(
@@ -113,12 +113,12 @@ def _loop(run: Run, progress: Progress, *, data_state: Mapping[str, Any] | None,
         batch_rows=recipe.batch_rows,
         micro_batch_size=recipe.train.micro_batch_size,
         start_step=progress.step,  # where no state says it: weights that another program has trained so far
-        state=data_state,
+        state=resumption.data_state,
         dtype=recipe.data.token_dtype,
     )
     first = progress.step + 1
     # the stream first: the loader's thread may be waiting for it
-    with loader, closing(run.stream), closing(Saves(run)) as saves:
+    with loader, closing(run.stream), closing(Saves(run, resumption.checkpoint)) as saves:
         while progress.step < run.total_steps and not progress.stop:
             started = time.perf_counter()
             batches = next(loader)
@@ -169,8 +169,8 @@ def _update(
 
 
 def _after(recipe: Recipe, progress: Progress, result: UpdateResult) -> Progress:
-    """Where the run is after an update; routing remembers none that was bad."""
-    routing = progress.routing if result.incident else _steer(recipe, progress, result)
+    """Where the run is after an update; routing remembers none that was not taken."""
+    routing = _steer(recipe, progress, result) if result.taken else progress.routing
     return Progress(progress.step + 1, routing, result.guard, result.stop)
 
 

@@ -49,8 +49,9 @@ class UpdateResult:
     gradient_ratio_L: of the balance loss's pull at each router to the rest; None where it was not asked for.
     source_rows: rows drawn from each source of the mixture.
     grad_norm: before clipping; inf where DeepSpeed did not take the step, the norm being unknown then.
-    guard: of the next update. incident: why this one was not taken, if the guard or its gradients forbade it; where a
-    dynamic fp16 loss scale was too large, which is nobody's fault, there is none.
+    taken: whether the weights moved. guard: of the next update; like all that is remembered, the same if they did not.
+    incident: why it was not taken, if the guard or its gradients forbade it; where a dynamic fp16 loss scale was too
+    large, which is nobody's fault, there is none.
     stop: some rank was asked to stop. all_ready: every rank was ready.
     """
 
@@ -62,6 +63,7 @@ class UpdateResult:
     statistics: RoutingStatistics
     gradient_ratio_L: list[float] | None
     source_rows: list[int]
+    taken: bool
     guard: Guard
     incident: Incident | None
     stop: bool
@@ -101,7 +103,9 @@ def update(
     bad_M: Tensor | None = None
     if verdict.action == "apply":
         engine.step()
-        if engine.optimizer.overflow and not engine.optimizer.dynamic_loss_scale:
+        if engine.optimizer.overflow and engine.optimizer.dynamic_loss_scale:
+            verdict = replace(verdict, guard=guard)
+        elif engine.optimizer.overflow:
             verdict = judge_gradients(guard, safety)
             bad_M = torch.stack([_has_bad_gradient(engine.module, batch, ranks, told) for batch in batches])
     else:
@@ -119,6 +123,7 @@ def update(
         statistics=sums.statistics,
         gradient_ratio_L=sums.gradient_ratio_L,
         source_rows=sums.source_rows,
+        taken=not engine.optimizer.overflow,
         guard=verdict.guard,
         incident=None if bad_M is None else _incident(verdict, number, _name_rows(bad_M, batches)),
         stop=sums.flags[0] > 0,

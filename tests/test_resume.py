@@ -61,6 +61,27 @@ def test_no_record_is_overwritten(tmp_path: Path) -> None:
         choose_checkpoints(run, str(other / "checkpoints/step-00000007"))
 
 
+def test_a_run_that_ended_before_its_first_save_begins_again(tmp_path: Path) -> None:
+    """Where it began, and nowhere else: a record of other updates stays."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    hold_run(run)
+    hold_run(other, 5, 7)
+    five, seven = (other / f"checkpoints/step-{step:08d}" for step in (5, 7))
+    (run / "metrics.jsonl").write_text('{"step": 6}\n{"step": 7}\n')
+    assert choose_checkpoints(run, str(five)) == [five]
+    for refused in (seven, other):
+        with pytest.raises(RecipeError, match="already holds a run"):
+            choose_checkpoints(run, str(refused))
+    for damaged in ("", "{}\n", "6\n", '{"step": "6"}\n', '{"st'):
+        (run / "metrics.jsonl").write_text(damaged)
+        with pytest.raises(RecipeError, match="already holds a run"):
+            choose_checkpoints(run, str(five))
+    (run / "metrics.jsonl").write_text('{"step": 6}\n')
+    hold_run(run, 3)
+    with pytest.raises(RecipeError, match="already holds a run"):
+        choose_checkpoints(run, str(five))
+
+
 def test_what_may_change(tmp_path: Path) -> None:
     """Other learning rates are named and allowed; another model or batch is refused, every difference at once."""
     index = {"recipe": load_recipe(RECIPE).model_dump(mode="json"), "step": 10}

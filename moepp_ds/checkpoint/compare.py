@@ -11,6 +11,7 @@ import torch
 
 from moepp_ds.checkpoint.files import KINDS, read_index, stored_kinds
 from moepp_ds.checkpoint.tensors import StoredTensors, Wanted
+from moepp_ds.config.stored import dotted
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def compare(first: Path, second: Path) -> Comparison:
     return Comparison(
         steps=(indexes[0]["step"], indexes[1]["step"]),
         kinds=(kinds[0], kinds[1]),
-        recipe=_differences(*(_flat(index.get("recipe") or {}) for index in indexes)),
+        recipe=_differences(*(dotted(index.get("recipe") or {}) for index in indexes)),
         shapes=shapes,
         weights=found["weight"],
         moments=[name for name in indexes[0]["parameters"] if name in moments],
@@ -79,11 +80,3 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tu
         for key in dict.fromkeys([*first, *second])
         if first.get(key) != second.get(key)
     ]
-
-
-def _flat(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        flat.update(_flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key: value})
-    return flat

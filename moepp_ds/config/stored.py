@@ -1,8 +1,8 @@
-"""A recipe that a checkpoint holds, under overrides."""
+"""A recipe that a checkpoint holds: under overrides, and key by key."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -25,3 +25,11 @@ def stored_recipe(content: Any, overrides: Sequence[str] = (), *, place: str) ->
     if isinstance(moe, dict) and moe.get("dropless"):  # recipes of 2026-11 kept the seats they did not use
         raw["model"]["moe"] = {key: value for key, value in moe.items() if key not in SEAT_KEYS}
     return check_recipe(raw, lay_overrides(raw, overrides), place=place)
+
+
+def dotted(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key, `a.b`."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat.update(dotted(value, f"{above}{key}.") if isinstance(value, Mapping) else {above + key: value})
+    return flat

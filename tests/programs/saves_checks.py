@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -19,12 +20,12 @@ from tests.programs.checkpoint_checks import FOLDER, RANKS, files_of_at_most, wa
 
 
 @contextmanager
-def saves_of(name: str, *overrides: str) -> Iterator[Saves]:
+def saves_of(name: str, *overrides: str, resumed: Path | None = None) -> Iterator[Saves]:
     """The saves of a run of the tiny recipe that has no data and no record; its folder has that name."""
     asked = tiny.recipe(*overrides)
     engine = tiny.engine_for(asked, RANKS)
     run = Run(asked, RANKS, engine, None, {}, FOLDER / name, None, None, 99)  # type: ignore[arg-type]
-    with closing(Saves(run)) as saves:
+    with closing(Saves(run, resumed)) as saves:
         yield saves
 
 
@@ -70,6 +71,13 @@ def what_is_saved_is_not_saved_again() -> None:
         saves.last(Progress(2, RoutingState()), {})
         assert index.stat().st_mtime_ns == written
         dist.barrier()
+    with saves_of("once", resumed=index.parent) as saves:  # a run that goes on from there and stops at once
+        saves.last(Progress(2, RoutingState()), {})
+        assert index.stat().st_mtime_ns == written
+        dist.barrier()
+    with saves_of("another", resumed=index.parent) as saves:
+        saves.last(Progress(2, RoutingState()), {})
+    assert saved("another") == [2]
 
 
 CHECKS = [
