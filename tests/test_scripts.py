@@ -82,7 +82,8 @@ def test_the_example_of_a_hostfile_is_one() -> None:
     assert [(host.name, host.slots) for host in hosts] == [(f"node-0{number}", 8) for number in (1, 2, 3, 4)]
 
 
-# What SLURM's commands do as far as the script sees: srun runs its command once a node, here says it.
+# What SLURM's commands do as far as the script sees: srun runs its command on every node, and ends with the highest of
+# their codes.
 SLURM = {
     "scontrol": """
 case "$1 $2" in
@@ -90,7 +91,15 @@ case "$1 $2" in
     requeue*) echo "requeued $2" ;;
 esac
 """,
-    "srun": 'cat .hostfile-7\necho "srun $*"\nexit "$CODE"\n',
+    "srun": """
+cat .hostfile-7
+while [ "$1" != bash ]; do shift; done
+highest=0
+for code in $CODES; do
+    NODE_CODE=$code "$@" || [ $? -le $highest ] || highest=$code
+done
+exit $highest
+""",
 }
 
 
@@ -98,7 +107,7 @@ esac
 def slurm(tmp_path: Path) -> dict[str, str]:
     """A project folder and a path on which SLURM's commands are."""
     (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "train.sh").touch()
+    (tmp_path / "launch" / "train.sh").write_text('echo "train.sh $*"\nkill -USR1 $PPID\nexit $NODE_CODE\n')
     for name, text in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
         (tmp_path / name).chmod(0o755)
@@ -106,18 +115,25 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     return {**job, "SLURM_GPUS_ON_NODE": "4", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (75, True)])
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [("0 0", 0), ("1 1", 1), ("75 75", 75), ("75 137", 75), ("137 75", 75), ("0 137", 0), ("1 137", 137)],
+)
 def test_slurm_starts_a_supervisor_a_node_and_requeues_what_was_stopped(
-    slurm: dict[str, str], code: int, requeued: bool
+    slurm: dict[str, str], codes: str, code: int
 ) -> None:
-    done = run("bash", "launch/slurm.sbatch", "r.yaml", "--set", "a=b c", **slurm, CODE=str(code), MIN_NODES="1")
+    """Signalled itself, too, and beside nodes that died."""
+    done = run("bash", "launch/slurm.sbatch", "r.yaml", "--set", "a=b c", **slurm, CODES=codes, MIN_NODES="1")
     assert done.returncode == code
     lines = done.stdout.splitlines()
     assert lines[:2] == ["node-1 slots=4", "node-2 slots=4"]
-    assert "bash launch/train.sh --hostfile" in lines[2] and lines[2].endswith("r.yaml --set a=b c --resume auto")
-    assert "--no_ssh --node_rank auto --max_restarts 5 --stop_grace 840 --min_nodes 1 r.yaml" in lines[2]
-    assert ("requeued 7" in lines) == requeued
-    assert not Path(slurm["SLURM_SUBMIT_DIR"], ".hostfile-7").exists()
+    assert len([line for line in lines if line.startswith("train.sh --hostfile ")]) == 2
+    assert lines[2].endswith(
+        "--no_ssh --node_rank auto --max_restarts 5 --stop_grace 840 --min_nodes 1 r.yaml --set a=b c --resume auto"
+    )
+    assert ("requeued 7" in lines) == (code == 75)
+    folder = Path(slurm["SLURM_SUBMIT_DIR"])
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def test_slurm_says_how_to_submit(slurm: dict[str, str]) -> None:
