@@ -15,21 +15,37 @@ class AgreedError(RuntimeError):
     """An error that every rank raises, with the same words."""
 
 
+class FinalError(AgreedError):
+    """One after which nothing starts the run again by itself: it would fail alike, or go on from what is wrong."""
+
+
 @contextmanager
 def all_or_none(kind: type[Exception] = AgreedError) -> Iterator[None]:
     """Run a block on every rank; if it fails on one, raise `kind` with its words on all. Collective.
 
     So no rank waits for one that gave up, and the rank that prints knows what another one found. The block must not
     itself wait for other ranks: one that failed would not come. KeyboardInterrupt and SystemExit are not held up.
+    An AgreedError is a FinalError where nothing but faults of the input was found.
     """
     own: Exception | None = None
     try:
         yield
     except Exception as error:
         own = error
-    message = agreed_message(gather(None if own is None else _words(own, kind)))
+    problems = gather(None if own is None else (_words(own, kind), is_of_input(own)))
+    message = agreed_message([None if problem is None else problem[0] for problem in problems])
     if message is not None:
-        raise kind(message) from own
+        of_input = all(problem[1] for problem in problems if problem is not None)
+        raise (FinalError if of_input and issubclass(FinalError, kind) else kind)(message) from own
+
+
+def is_of_input(error: Exception) -> bool:
+    """Whether an error is a fault of what was given, which another try would find again: a ValueError.
+
+    Not one that a reader made of the file system's error, which may be gone soon; but a missing file will be missing.
+    """
+    behind = error.__context__
+    return isinstance(error, ValueError) and (not isinstance(behind, OSError) or isinstance(behind, FileNotFoundError))
 
 
 def gather(value: T) -> list[T]:
@@ -52,10 +68,10 @@ def agreed_message(problems: Sequence[str | None]) -> str | None:
             ranks.setdefault(problem, []).append(rank)
     if len(ranks) == 1 and None not in problems:
         return next(iter(ranks))
-    return "\n".join(f"{_name_ranks(found)}: {problem}" for problem, found in ranks.items()) or None
+    return "\n".join(f"{name_ranks(found)}: {problem}" for problem, found in ranks.items()) or None
 
 
-def _name_ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
     """`rank 3`, or `ranks 0, 2`."""
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +10,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
+from data_pipeline.locks import held
 from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
 
 # What needs torch is imported inside: `moepp --help` answers at once.
@@ -151,24 +150,12 @@ def prune(
     newest = find_checkpoint(root)
     if newest is None:
         raise CheckpointError(f"{run_dir} holds no checkpoints: there is no {root / 'latest'}; name a run's folder")
-    with _held(run_dir):
+    busy = f"a process is training in {run_dir}, which deletes old ones itself (checkpoint.keep); stop it first"
+    with held(run_dir / ".lock", refusal=busy):
         for path in [*too_old(newest, keep=keep), *leftovers(root)]:
             typer.echo(f"{'would delete' if dry_run else 'deleting'} {path}  {_size(path):,} bytes")
         if not dry_run:
             delete(set_aside_old(newest, keep=keep))
-
-
-@contextmanager
-def _held(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder as a training process does; CheckpointError while one does."""
-    with (run_dir / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(
-                f"a process is training in {run_dir}, which deletes old ones itself (checkpoint.keep); stop it first"
-            ) from None
-        yield
 
 
 def _size(path: Path) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from data_pipeline.loader import Batch
-from moepp_ds.agreement import AgreedError, gather
+from moepp_ds.agreement import FinalError, gather, name_ranks
 from moepp_ds.checkpoint.fragments import owned_fragments
 from moepp_ds.fingerprint import partial_fingerprint
 from moepp_ds.model import expert_offsets
@@ -27,7 +27,7 @@ LINES = 20
 """Differences that a message names."""
 
 
-class RanksDiffer(AgreedError):
+class RanksDiffer(FinalError):
     """Ranks hold something else than they must; what was saved since they were last found right may be wrong, too."""
 
 
@@ -122,7 +122,7 @@ def _differing_updates(seen: Sequence[_Seen]) -> Iterator[str]:
         for count in sorted(set(own.updates)):
             holders.setdefault(count, []).append(rank)
     if len(holders) > 1:
-        counts = "; ".join(f"{count} on {_name_ranks(ranks)}" for count, ranks in sorted(holders.items()))
+        counts = "; ".join(f"{count} on {name_ranks(ranks)}" for count, ranks in sorted(holders.items()))
         yield f"the optimizer's groups have counted different numbers of updates: {counts}"
 
 
@@ -144,8 +144,4 @@ def _wrong_rows(seen: Sequence[_Seen], *, batch_rows: int, micro_batch_size: int
 
 def _name_sides(holders: Mapping[int, Sequence[int]]) -> str:
     """The ranks that agree with one another, the largest number of them first."""
-    return " and ".join(_name_ranks(ranks) for ranks in sorted(holders.values(), key=lambda ranks: -len(ranks)))
-
-
-def _name_ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    return " and ".join(name_ranks(ranks) for ranks in sorted(holders.values(), key=lambda ranks: -len(ranks)))

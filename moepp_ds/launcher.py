@@ -148,7 +148,7 @@ def _own_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--max_restarts", type=int, default=0, help="restarts in a row without a newer checkpoint (0)")
+    add("--max_restarts", type=int, default=0, help="restarts in a row without progress (0)")
     add("--stop_grace", type=float, default=600.0, help="seconds to save in when stopped (600)")
     add("--exit_grace", type=float, default=60.0, help="seconds ranks may outlive the first (60)")
     add("--program", default="moepp_ds.train", help="module every rank runs (moepp_ds.train)")

@@ -30,10 +30,10 @@ from data_pipeline.document import DataError
 from data_pipeline.feed import open_held_out, open_rows
 from data_pipeline.loader import Batch, Loader
 from data_pipeline.row_source import RowSource
-from moepp_ds.agreement import AgreedError, all_or_none
+from moepp_ds.agreement import AgreedError, FinalError, all_or_none, is_of_input
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.config import Recipe, RecipeError, controller_rate, load_recipe
-from moepp_ds.consistency import RanksDiffer, check_consistency
+from moepp_ds.consistency import check_consistency
 from moepp_ds.controller import RoutingState, next_state, restored_state
 from moepp_ds.engine import LostRankError, Ranks, build_engine, join_ranks, naming_lost_ranks
 from moepp_ds.evaluate import Score, evaluate
@@ -43,13 +43,14 @@ from moepp_ds.resume import Resumption, agree_on_checkpoints
 from moepp_ds.run import Progress, Run, announce, check_rows_drawn, finish, open_folder, record
 from moepp_ds.saves import Saves
 from moepp_ds.stop import StopSignal
+from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD
 from moepp_ds.update import Incident, UpdateResult, update
 
 GOING_ON = "; to go on past it: --resume auto with safety.non_finite or safety.on_spike skip, within safety.max_skips"
 
 
-class BadUpdate(RuntimeError):
-    """An update that the recipe does not let the run go on after; the same on every rank."""
+class BadUpdate(FinalError):
+    """An update that the recipe does not let the run go on after."""
 
 
 def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progress:
@@ -69,11 +70,8 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
     except Exception as error:
         if folder:
             folder.log(f"error: {error}")
-            # A supervisor need not try again what stays true however often it is tried, and must not go on, by itself,
-            # from the newest checkpoint where that may hold what a faulty rank made of the weights.
-            again = not isinstance(error, (BadUpdate, DataError, RanksDiffer))
             with suppress(OSError):  # a full disk must not hide what went wrong
-                folder.set_status("failed", step=folder.step, message=str(error), restart=again)
+                folder.set_status("failed", step=folder.step, message=str(error), restart=not _is_final(error))
             with suppress(OSError):
                 folder.close()
         raise
@@ -82,6 +80,11 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
             folder.close()
     dist.destroy_process_group()
     return progress
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether a supervisor is not to start the run again; of one rank's own errors those of its input are final."""
+    return isinstance(error, FinalError) or (isinstance(error, (DataError, RecipeError)) and is_of_input(error))
 
 
 def _begin(recipe: Recipe, ranks: Ranks, path: Path, resume: str) -> tuple[Run, Progress, Resumption]:
@@ -267,14 +270,14 @@ def _environment_number(name: str) -> int:
     return int(os.environ.get(name, "0"))
 
 
-def _fail(message: str, *, says: bool) -> int:
+def _fail(error: Exception, *, says: bool, place: str = "") -> int:
     if says:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    return 1
+        print(f"error: {place}{error}", file=sys.stderr, flush=True)
+    return FAILED_FOR_GOOD if _is_final(error) else FAILED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; 0 when the run completed or stopped cleanly (status.json says which), 1 on an error."""
+    """Train; 0: completed or stopped cleanly (status.json says which), 78: no other start would help, 1: one may."""
     stop = StopSignal()
     # DeepSpeed's call, on every rank at every start; nothing a user could do about it
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
@@ -282,14 +285,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.set)
         train(recipe, path=options.run_dir or Path("runs") / recipe.name, resume=options.resume, stop=stop)
-    except (AgreedError, CheckpointError, BadUpdate) as error:  # the same on every rank
-        return _fail(str(error), says=_environment_number("RANK") == 0)
+    except (AgreedError, CheckpointError) as error:  # the same on every rank
+        return _fail(error, says=_environment_number("RANK") == 0)
     except RecipeError as error:  # before the ranks have met: once a node
-        return _fail(str(error), says=_environment_number("LOCAL_RANK") == 0)
+        return _fail(error, says=_environment_number("LOCAL_RANK") == 0)
     except LostRankError as error:
-        return _fail(str(error), says=True)
+        return _fail(error, says=True)
     except DataError as error:  # while training: this rank's alone, the launcher ends the others
-        return _fail(f"[rank {_environment_number('RANK')}] {error}", says=True)
+        return _fail(error, says=True, place=f"[rank {_environment_number('RANK')}] ")
     return 0
 
 

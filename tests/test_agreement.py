@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from programs.checks import expect, start
 
-from moepp_ds.agreement import AgreedError, agreed_message, all_or_none, gather
+from moepp_ds.agreement import AgreedError, FinalError, agreed_message, all_or_none, gather, is_of_input
 
 THREE_RANKS = [
     "values_come_by_rank",
@@ -13,6 +13,7 @@ THREE_RANKS = [
     "one_fails",
     "two_fail_alike_and_all_fail_alike",
     "all_fail_differently",
+    "faults_of_the_input_alone_are_final",
 ]
 
 
@@ -63,6 +64,31 @@ def test_alone_without_a_process_group(error: Exception, words: str) -> None:
             raise error
     assert str(caught.value) == words
     assert caught.value.__cause__ is error
+    assert isinstance(caught.value, FinalError) == isinstance(error, ValueError)
+
+
+def test_another_kind_stays_what_it_is() -> None:
+    with pytest.raises(LookupError):
+        with all_or_none(LookupError):
+            raise ValueError("no such key")
+
+
+@pytest.mark.parametrize(
+    ("behind", "of_input"),
+    [
+        (KeyError("x"), True),
+        (FileNotFoundError(2, "No such file"), True),
+        (OSError(116, "Stale file handle"), False),
+    ],
+)
+def test_what_a_file_system_said_is_no_fault_of_the_input(behind: Exception, of_input: bool) -> None:
+    with pytest.raises(ValueError) as caught:
+        try:
+            raise behind
+        except Exception as error:
+            raise ValueError(f"cannot read it: {error}") from None
+    assert is_of_input(caught.value) == of_input
+    assert not is_of_input(behind)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])

@@ -13,6 +13,7 @@ import torch
 from damage import Bomb, flip
 from typer.testing import CliRunner, Result
 
+from data_pipeline.document import DataError
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.writer import write_weights
 from moepp_ds.checkpoint_commands import app
@@ -43,7 +44,7 @@ def printed(*arguments: object) -> str:
 def refusal(*arguments: object) -> str:
     """What `moepp` prints as its one message."""
     result = run(*arguments)
-    assert isinstance(result.exception, CheckpointError), result.output
+    assert isinstance(result.exception, (CheckpointError, DataError)), result.output
     return str(result.exception)
 
 

@@ -131,7 +131,7 @@ def test_a_link_is_cut_in_the_middle_of_a_step(
         first, failed, again, second, *_, last = training.said(name)
         assert first == f"attempt 1: host {two.names.index(name)} of 10.77.0.1, 10.77.0.2; 2 ranks"
         assert "ended first" in failed or "host 10.77.0." in failed
-        assert again.startswith("restart 1 of at most 3 without a newer checkpoint, in 1 s")
+        assert again.startswith("restart 1 of at most 3 without progress, in 1 s")
         assert second.startswith("attempt 2: ")
         assert last.startswith("completed at step 20")
 

@@ -194,7 +194,7 @@ def test_a_run_is_started_again_where_its_checkpoint_is(supervise: Start) -> Non
     said = run.said()
     named = [re.search(r"; (rank \d) ended first, killed by signal 9 \(SIGKILL\)", line) for line in said[:6:2]]
     assert [found and found[1] for found in named] == ["rank 0", "rank 1", "rank 0"]
-    assert said[1::2] == ["restart 1 of at most 1 without a newer checkpoint, in 1 s"] * 3
+    assert said[1::2] == ["restart 1 of at most 1 without progress, in 1 s"] * 3
     assert said[-1] == "completed at step 200"
     assert (run.run_dir / "resumed").read_text().split() == ["none", "auto", "auto", "auto"]
     assert run.living() == []
@@ -206,11 +206,11 @@ def test_failures_without_progress_are_bounded_and_the_pauses_grow(supervise: St
     failed = "failed at step 20: as it was told; rank 0 ended first, with exit code 1"
     assert [re.sub(rf" {KILLED}$", "", line) for line in run.said()] == [
         failed,
-        "restart 1 of at most 2 without a newer checkpoint, in 1 s",
+        "restart 1 of at most 2 without progress, in 1 s",
         failed,
-        "restart 2 of at most 2 without a newer checkpoint, in 2 s",
+        "restart 2 of at most 2 without progress, in 2 s",
         failed,
-        "given up: 3 failures in a row without a newer checkpoint (--max_restarts)",
+        "given up: 3 failures in a row without progress (--max_restarts)",
     ]
     assert run.living() == []
 

@@ -48,6 +48,26 @@ RUNNING = {"state": "running", "step": 4}
             FAILED,
             "failed at step 4: no such row",
         ),
+        # a rank has found what every start would find, whatever rank 0 says, or before it says anything
+        (
+            ending(first_ended=(RankEnd(0, 1), RankEnd(1, 78)), launcher_code=1),
+            {"state": "failed", "step": 4, "message": "rank 0 waited in vain", "restart": True},
+            FAILED,
+            "failed at step 4: rank 0 waited in vain; rank 0 ended first, with exit code 1; rank 1 ended first, with "
+            "exit code 78",
+        ),
+        (
+            ending(first_ended=(RankEnd(1, 78),), launcher_code=78),
+            RUNNING,
+            FAILED,
+            "failed: ended at step 4 in state 'running'; rank 1 ended first, with exit code 78",
+        ),
+        (
+            ending(launcher_code=78),
+            None,
+            FAILED,
+            "failed before training began, with code 78; the reason is above",
+        ),
         (
             ending(stop_asked=True, killed=3),
             RUNNING,

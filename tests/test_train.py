@@ -21,6 +21,7 @@ from conftest import ROOT, LaunchDeepspeed, find_free_port, kill_group
 from run_folders import GOLDEN_RECIPE, TOLERANCES, finished, sets, status, train, untimed
 
 from moepp_ds.checkpoint.files import candidates
+from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD
 from moepp_ds.train import main
 
 STEERED = (
@@ -159,7 +160,7 @@ def _refused_resume_leaves_no_trace(run: Path, environment: dict[str, str]) -> N
     command = [sys.executable, "-m", "moepp_ds.train", GOLDEN_RECIPE, "--run-dir", str(run), "--resume", "auto"]
     command += sets("train.max_steps=6", "data.seed=1")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
+    assert done.returncode == FAILED_FOR_GOOD
     assert "error: the checkpoint was trained on another order of rows: seed was 0 and is 1." in done.stderr
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -199,18 +200,19 @@ def own_process() -> Iterator[None]:
 
 @pytest.mark.usefixtures("own_process")
 def test_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a user gets wrong before the engine is built ends with exit code 1 and a sentence."""
+    """What a user gets wrong before the engine is built ends with a sentence, and a code that nobody tries again."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text("")
-    assert main([GOLDEN_RECIPE, "--run-dir", str(run)]) == 1
+    assert main([GOLDEN_RECIPE, "--run-dir", str(run)]) == FAILED_FOR_GOOD
     assert "already holds a run; continue it with --resume auto" in capsys.readouterr().err
-    assert main([GOLDEN_RECIPE, *sets("model.vocab_size=256"), "--run-dir", str(tmp_path / "new")]) == 1
+    new = ("--run-dir", str(tmp_path / "new"))
+    assert main([GOLDEN_RECIPE, *sets("model.vocab_size=256"), *new]) == FAILED_FOR_GOOD
     said = capsys.readouterr().err
     assert "hold token ids up to 511" in said and "model.vocab_size is 256; set it to 512 or more" in said
-    assert main([GOLDEN_RECIPE, "--run-dir", str(tmp_path / "new"), "--resume", str(tmp_path)]) == 1
+    assert main([GOLDEN_RECIPE, *new, "--resume", str(tmp_path)]) == FAILED
     assert "is no checkpoint: it holds no index.json" in capsys.readouterr().err
-    assert main([GOLDEN_RECIPE, *sets("parallel.expert_parallel=4"), "--run-dir", str(tmp_path / "new")]) == 1
+    assert main([GOLDEN_RECIPE, *sets("parallel.expert_parallel=4"), *new]) == FAILED_FOR_GOOD
     assert "does not divide the world of 1 ranks" in capsys.readouterr().err
-    assert main([GOLDEN_RECIPE, *sets("data.pathh=x")]) == 1
+    assert main([GOLDEN_RECIPE, *sets("data.pathh=x")]) == FAILED_FOR_GOOD
     assert "data.path" in capsys.readouterr().err

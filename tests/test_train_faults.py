@@ -1,4 +1,4 @@
-"""Runs that meet damaged checkpoints, full disks and bad updates, under the real program; the golden recipe."""
+"""Runs that meet damaged checkpoints and data, full disks and bad updates, under the real program; the golden recipe."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import pytest
 from conftest import ROOT
 from run_folders import GOLDEN_RECIPE, metrics, sets, status, untimed
 from small_disk import run_on_small_disk
+from supervised import Running, Start, start  # noqa: F401 (a fixture)
+
+from data_pipeline.shards import read_header
+from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -144,7 +148,7 @@ def test_bad_updates_are_skipped_up_to_a_number(tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = ["safety.spike_above=1e-6", "safety.spike_window=8", "safety.on_spike=skip", "safety.max_skips=1"]
     done = run_alone(run, EVERY, "train.max_lr=0.05", "train.final_lr=0.05", *settings)
-    assert done.returncode == 1 and "(safety.max_skips)" in done.stderr
+    assert done.returncode == FAILED_FOR_GOOD and "(safety.max_skips)" in done.stderr
     assert f"moepp replay {run} --step" in done.stderr and "to go on past it: --resume auto with" in done.stderr
     ended = status(run)
     assert (ended["state"], ended["restart"]) == ("failed", False)
@@ -154,7 +158,7 @@ def test_bad_updates_are_skipped_up_to_a_number(tmp_path: Path) -> None:
     assert records[first - 1]["skipped_updates"] == 0 and records[first]["skipped_updates"] == 1
     assert (run / "checkpoints/latest").read_text() == f"step-{second - 1:08d}\n"
     again = run_alone(run, EVERY, "train.max_lr=0.05", "train.final_lr=0.05", *settings, resume="auto")
-    assert again.returncode == 1 and again.stderr.splitlines()[-1] == done.stderr.splitlines()[-1]
+    assert again.returncode == FAILED_FOR_GOOD and again.stderr.splitlines()[-1] == done.stderr.splitlines()[-1]
     assert {record["step"]: record["loss"] for record in metrics(run)} == {at: r["loss"] for at, r in records.items()}
 
 
@@ -165,7 +169,7 @@ def test_a_save_that_fails_does_not_hide_the_bad_update(tmp_path: Path) -> None:
     settings = ["safety.spike_above=1e-6", "safety.spike_window=8", "train.max_lr=0.05", "train.final_lr=0.05"]
     done = run_alone(run, "checkpoint.every=99", *settings)
     ended = status(run)
-    assert done.returncode == 1 and (ended["state"], ended["restart"]) == ("failed", False)
+    assert done.returncode == FAILED_FOR_GOOD and (ended["state"], ended["restart"]) == ("failed", False)
     said = done.stderr.splitlines()[-1]
     assert said == f"error: {ended['message']}"
     assert ": a spike (" in said and f". no checkpoint of update {ended['step']}: " in said
@@ -185,6 +189,40 @@ def test_a_monitor_that_cannot_write_does_not_end_the_run(whole: Path, tmp_path:
 def test_what_changed_is_said_and_what_may_not_is_refused(whole: Path, tmp_path: Path) -> None:
     run = undone(whole, tmp_path)
     done = run_alone(run, EVERY, "model.moe.tau=0.5", resume="auto")
-    assert done.returncode == 1 and "model.moe.tau: 0.75 then, 0.5 now" in done.stderr
+    assert done.returncode == FAILED_FOR_GOOD and "model.moe.tau: 0.75 then, 0.5 now" in done.stderr
     said = continued(run_alone(run, EVERY, "train.max_lr=0.004", resume="auto"))
     assert "resumed with another train.max_lr: 0.005 then, 0.004 now" in said
+
+
+def supervised(start: Start, run: Path, *settings: str) -> Running:  # noqa: F811
+    """The program on two ranks, which would be started again up to three times."""
+    command = ["bash", "launch/train.sh", "--num_gpus", "2", "--max_restarts", "3", "--exit_grace", "5"]
+    command += ["--log_level", "warning", GOLDEN_RECIPE, "--run-dir", str(run), *sets(*settings)]
+    return start(command, {"DS_ACCELERATOR": "cpu"})
+
+
+def test_what_is_refused_at_the_start_is_not_started_again(start: Start, tmp_path: Path) -> None:  # noqa: F811
+    run = supervised(start, tmp_path / "run", "model.vocab_size=256")
+    assert run.code(120) == FAILED
+    (said,) = run.said()
+    assert said.startswith("failed before training began, with code 78; the reason is above; rank ")
+    assert "model.vocab_size is 256; set it to 512 or more" in run.output
+
+
+def test_data_that_one_rank_cannot_use_are_not_read_again(start: Start, tmp_path: Path) -> None:  # noqa: F811
+    """The second file is damaged, which rank 1 has the first rows of; rank 0 only sees that it is gone."""
+    shards = tmp_path / "shards"
+    shutil.copytree(ROOT / "tests/golden/shards", shards)
+    damaged = shards / "shards/pile/train/00.jsonl.zst.train"
+    content = bytearray(damaged.read_bytes())
+    content[read_header(damaged).cuts_offset] ^= 1
+    damaged.write_bytes(content)
+    # one file after the other, and a window of rows a micro batch: the first 8,647 tokens, 01, hold that of rank 0
+    order = ["data.mixture={pile: 1}", "data.interleave=1", "data.shuffle_window=128"]
+    batch = ["train.micro_batch_size=128", f"train.batch_tokens={2 * 128 * 64}"]
+    run = supervised(start, tmp_path / "run", f"data.path={shards}", *order, *batch)
+    assert run.code(120) == FAILED
+    assert "error: [rank 1] source 'pile': the part cuts of its shards do not add up" in run.output
+    (said,) = run.said()
+    assert "rank 1 ended first, with exit code 78" in said
+    assert status(run.run_dir)["state"] == "failed"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moepp_ds.checkpoint.files import KINDS, read_index, stored_kinds
+from moepp_ds.checkpoint.files import KINDS, MOMENTS, read_index, stored_kinds
 from moepp_ds.checkpoint.tensors import StoredTensors, Wanted
 from moepp_ds.config.stored import dotted
 
@@ -49,7 +49,7 @@ def compare(first: Path, second: Path) -> Comparison:
     found: dict[str, dict[str, float]] = {
         kind: _largest(kind, *stored, leave_out=apart) for kind in KINDS if all(kind in own for own in kinds)
     }
-    moments = {name for kind in KINDS[1:] for name in found.get(kind, {})}
+    moments = {name for kind in MOMENTS for name in found.get(kind, {})}
     return Comparison(
         steps=(indexes[0]["step"], indexes[1]["step"]),
         kinds=(kinds[0], kinds[1]),

@@ -22,8 +22,11 @@ FORMAT = 2
 
 _NAME = re.compile(r"step-\d+")
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""What is stored of a parameter: its fp32 weight and AdamW's two moments."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's two, of every parameter."""
+
+KINDS = ("weight", *MOMENTS)
+"""What is stored of a parameter: its fp32 weight and its moments."""
 
 
 class _FileNote(BaseModel):

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moepp_ds.checkpoint.files import KINDS
+from moepp_ds.checkpoint.files import MOMENTS
 from moepp_ds.model import expert_offsets
 
-_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What moves a dynamic loss scale: attributes of DeepSpeed's loss scaler."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def owned_fragments(engine: Any) -> Iterator[Fragment]:
 def _started_state(zero: Any, flat: Tensor) -> dict[str, Tensor]:
     """AdamW's state of one group, made as its first update would make it where that has not come yet."""
     state = zero.optimizer.state[flat]
-    for kind in KINDS[1:]:
+    for kind in MOMENTS:
         if kind not in state:
             state[kind] = torch.zeros_like(flat)
     state.setdefault("step", torch.zeros((), dtype=torch.float32, device=flat.device))
@@ -73,7 +74,7 @@ def optimizer_facts(engine: Any) -> dict[str, Any]:
         "updates": int(_started_state(zero, first)["step"]),
         "loss_scaler": {
             "dynamic": bool(zero.dynamic_loss_scale),
-            **{name: scaler[name] for name in _SCALER if name in scaler},
+            **{name: scaler[name] for name in SCALER if name in scaler},
         },
     }
 
@@ -87,5 +88,5 @@ def restore_optimizer_facts(engine: Any, facts: Mapping[str, Any]) -> None:
     for flat in zero.single_partition_of_fp32_groups:
         _started_state(zero, flat)["step"].fill_(facts["updates"])
     if zero.dynamic_loss_scale and scaler["dynamic"]:
-        for name in _SCALER:
+        for name in SCALER:
             setattr(zero.loss_scaler, name, scaler[name])

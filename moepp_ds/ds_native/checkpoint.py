@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from moepp_ds.checkpoint import CheckpointError
+from moepp_ds.checkpoint.files import MOMENTS
+from moepp_ds.checkpoint.fragments import SCALER
 from moepp_ds.ds_native.folder import Files, find_files, listed
 from moepp_ds.ds_native.partitions import Range, Shape, count_experts, cut, with_global_experts
-from moepp_ds.ds_native.states import MOMENTS, Partition, read_expert, read_model, read_partition
+from moepp_ds.ds_native.states import Partition, read_expert, read_model, read_partition
 
 
 class NativeCheckpoint:
@@ -76,8 +78,7 @@ class NativeCheckpoint:
     def loss_scaler(self) -> dict[str, Any]:
         """As `checkpoint.fragments.optimizer_facts` has it; a scale of which a number is missing does not go on."""
         first = self._partitions[0]
-        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        numbers = {name: vars(first.loss_scaler).get(name) for name in names}
+        numbers = {name: vars(first.loss_scaler).get(name) for name in SCALER}
         if not first.dynamic_loss_scale or not all(isinstance(value, (int, float)) for value in numbers.values()):
             return {"dynamic": False}
         return {"dynamic": True, **numbers}

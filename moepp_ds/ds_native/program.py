@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moepp_ds.checkpoint.files import MOMENTS
 from moepp_ds.config import Recipe, RecipeError, load_recipe
 from moepp_ds.ds_native.checkpoint import NativeCheckpoint
 from moepp_ds.ds_native.names import Sources, find_sources, read_rules
-from moepp_ds.ds_native.states import MOMENTS
 from moepp_ds.start import Optimizer, Started, refuse_a_run, write_start
 
 

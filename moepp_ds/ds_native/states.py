@@ -21,8 +21,6 @@ from torch import Tensor
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.ds_native.reading import Address, Scaler, read_file
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 
 def _plain(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:

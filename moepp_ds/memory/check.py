@@ -12,6 +12,9 @@ from moepp_ds.memory.room import Room
 _MOST_RANKS = 4096
 """Where the search for a sufficient number of ranks ends."""
 
+_PLACES: tuple[Place, Place] = ("device", "host")
+"""The table's columns."""
+
 _OFFLOAD = {"device": "cpu", "pin_memory": True}
 
 
@@ -87,7 +90,7 @@ def _fits(recipe: Recipe, config: Mapping[str, Any], world: int, room: Room, siz
 def table(plan: MemoryPlan, room: Room | None = None) -> str:
     """The plan as lines of text: every item, their sum, and what there is."""
     rows = [(item.name, item.bytes, item.place) for item in plan.items if _counts(item)]
-    sums = [("in all", plan.needed(place), place) for place in _places()]
+    sums = [("in all", plan.needed(place), place) for place in _PLACES]
     lines = [_line(name, {place: size}) for name, size, place in rows]
     lines.append(_line("in all", {place: size for _, size, place in sums}))
     lines += [
@@ -104,15 +107,11 @@ def _counts(item: Item) -> bool:
     return item.sure and not item.at_start
 
 
-def _places() -> tuple[Place, Place]:
-    return "device", "host"
-
-
 def _free(room: Room) -> dict[Place, int]:
     free: dict[Place, int | None] = {"device": room.device, "host": room.host}
     return {place: size for place, size in free.items() if size is not None}
 
 
 def _line(name: str, sizes: Mapping[Place, int]) -> str:
-    cells = [f"{sizes[place] / 2**30:.3f}" if place in sizes else "" for place in _places()]
+    cells = [f"{sizes[place] / 2**30:.3f}" if place in sizes else "" for place in _PLACES]
     return f"  {name:<40}{cells[0]:>10}{cells[1]:>10}".rstrip()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Attempt:
 
     def port(self, name: str) -> int | None:
         """The port that a host offered; None while that cannot be seen."""
-        note = _read(self._folder / f"beat-{name}")
+        note = read_record(self._folder / f"beat-{name}")
         return int(str(note["port"])) if note else None
 
     def write_beat(self, name: str, count: int) -> None:
@@ -89,7 +90,7 @@ class Attempt:
 
     def ends(self) -> list[End]:
         """Where the attempt is over, by the hosts' names."""
-        notes = [(path.name.removeprefix("end-"), _read(path)) for path in sorted(self._folder.glob("end-*"))]
+        notes = [(path.name.removeprefix("end-"), read_record(path)) for path in sorted(self._folder.glob("end-*"))]
         return [
             End(name, int(str(note["code"])), str(note["words"]), restart=note["restart"] is True)
             for name, note in notes
@@ -105,7 +106,8 @@ def newest_attempt(folder: Path) -> Attempt | None:
 
 def attempts_since(folder: Path, number: int) -> list[Attempt]:
     """The attempts from a number on, in order."""
-    numbers = sorted(int(path.name.removeprefix("attempt-")) for path in folder.glob("attempt-*"))
+    names = (re.fullmatch(r"attempt-(\d+)", path.name) for path in folder.glob("attempt-*"))
+    numbers = sorted(int(name[1]) for name in names if name)
     return [Attempt(folder, one) for one in numbers if one >= number]
 
 
@@ -115,7 +117,8 @@ def _put(path: Path, record: Mapping[str, object]) -> None:
     draft.replace(path)
 
 
-def _read(path: Path) -> dict[str, object] | None:
+def read_record(path: Path) -> dict[str, object] | None:
+    """The JSON object in a file that another process writes; None where there is none that can be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

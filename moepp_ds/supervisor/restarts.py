@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moepp_ds.config import RecipeError
+from moepp_ds.supervisor.attempt import read_record
 from moepp_ds.supervisor.job import Graces, Job, StopRequest
 from moepp_ds.supervisor.roll import Place, Roll, RollError
-from moepp_ds.supervisor.verdict import FAILED, STOPPED, Verdict, judge, read_status, stamp
+from moepp_ds.supervisor.verdict import FAILED, STOPPED, Verdict, judge, stamp
 
 LONGEST_PAUSE = 60.0
 
@@ -65,7 +66,7 @@ def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
         if not verdict.restart:
             return verdict.code
         pause = pause_after(failures)
-        _say(rules, f"restart {failures} of at most {rules.max_restarts} without a newer checkpoint, in {pause:g} s")
+        _say(rules, f"restart {failures} of at most {rules.max_restarts} without progress, in {pause:g} s")
         if stop.sleep(pause):
             return _stopped(rules, roll)
         # A checkpoint of another place is where to begin until this run has one of its own.
@@ -93,14 +94,14 @@ def _attempt(
     job = Job(rules.graces, stop, roll.trouble if roll is not None else lambda: None)
     ending = job.run(command(resume, place), environment)
     # A file that an earlier start left does not count.
-    return judge(ending, read_status(status_file) if stamp(status_file) != earlier else None)
+    return judge(ending, read_record(status_file) if stamp(status_file) != earlier else None)
 
 
 def _whether_again(rules: Rules, verdict: Verdict, failures: int, roll: Roll | None) -> Verdict:
     """The verdict, without a restart where there has been no progress for too long, or another host forbids it."""
     again = verdict.restart and failures <= rules.max_restarts
     if verdict.restart and not again and rules.max_restarts:
-        _say(rules, f"given up: {failures} failures in a row without a newer checkpoint (--max_restarts)")
+        _say(rules, f"given up: {failures} failures in a row without progress (--max_restarts)")
     if roll is not None:
         roll.end(verdict.code, verdict.words, restart=again)
         final = roll.ended_for_good()
@@ -125,7 +126,7 @@ def pause_after(failures: int) -> float:
 
 def steps_done(run_dir: Path) -> int:
     """The newest update that `latest` or status.json tells of; 0 if neither does."""
-    status = read_status(run_dir / "status.json") or {}
+    status = read_record(run_dir / "status.json") or {}
     step = status.get("step")
     try:
         latest = (run_dir / "checkpoints" / "latest").read_text(encoding="utf-8", errors="replace")

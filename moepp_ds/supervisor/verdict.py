@@ -1,12 +1,12 @@
 """How an attempt ended, in words: `status.json`, which rank 0 writes, against what was seen of the processes.
 
 status.json: {"state": "running|completed|stopped|failed", "step": n, "message": text}, and "restart": false where
-another start would fail in the same way. The run ended as it says there, whatever the launcher's exit code.
+another start would fail in the same way. The run ended as it says there, whatever the launcher's exit code. What rank 0
+cannot say there, since training has not begun or another rank alone has failed, a rank's own exit code says.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,9 @@ from moepp_ds.supervisor.job import Ending
 from moepp_ds.supervisor.processes import describe_exit
 
 COMPLETED, FAILED, STOPPED = 0, 1, 75  # 75 is sysexits.h's EX_TEMPFAIL: nothing is wrong, try again
+
+FAILED_FOR_GOOD = 78
+"""Of a rank, never of a supervisor: another start would fail in the same way. sysexits.h's EX_CONFIG."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ def judge(ending: Ending, status: Mapping[str, object] | None) -> Verdict:
     """Say how an attempt ended; `status` is what its rank 0 left in status.json, None when it left nothing."""
     late = f" ({ending.killed} processes did not end in time and were killed)" if ending.killed else ""
     cause = _cause(ending)
+    # the launcher passes on the code of the first rank that it missed, where no end was seen here
+    again = FAILED_FOR_GOOD not in (ending.launcher_code, *(end.code for end in ending.first_ended))
     if status is None:
         if ending.stop_asked:  # nothing was trained, so nothing is lost, however the processes ended
             return Verdict(STOPPED, f"stopped before training began; start it again with --resume auto{late}")
@@ -37,14 +42,14 @@ def judge(ending: Ending, status: Mapping[str, object] | None) -> Verdict:
             words = f"failed: the launcher ended with code {ending.launcher_code}, no rank was started{cause}{late}"
             return Verdict(FAILED, words)
         words = f"failed before training began, with code {ending.launcher_code}; the reason is above{cause}{late}"
-        return Verdict(FAILED, words, restart=True)
+        return Verdict(FAILED, words, restart=again)
     state, step, message = status.get("state"), status.get("step"), status.get("message") or ""
     told = f": {message}" if message else ""
     if state == "completed":
         return Verdict(COMPLETED, f"completed at step {step}{told}{late}")
     if state == "stopped":
         return Verdict(STOPPED, f"stopped at step {step}{told}; continue with --resume auto{late}")
-    again = status.get("restart") is not False and not ending.stop_asked
+    again = again and status.get("restart") is not False and not ending.stop_asked
     if state == "failed":
         return Verdict(FAILED, f"failed at step {step}{told}{cause}{late}", restart=again)
     return Verdict(FAILED, f"failed: ended at step {step} in state {state!r}{cause}{late}", restart=again)
@@ -68,12 +73,3 @@ def stamp(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def read_status(path: Path) -> dict[str, object] | None:
-    """What status.json holds; None where there is none that can be read."""
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return status if isinstance(status, dict) else None

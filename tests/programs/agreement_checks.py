@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from moepp_ds.agreement import AgreedError, all_or_none, gather
+from moepp_ds.agreement import AgreedError, FinalError, all_or_none, gather
 from tests.programs import checks
 
 dist.init_process_group("gloo")
@@ -48,6 +48,19 @@ def all_fail_differently() -> None:
             raise OSError(f"even {RANK // 2}")
 
 
+def faults_of_the_input_alone_are_final() -> None:
+    with pytest.raises(FinalError, match="^ranks 1, 2: no such key$"):
+        with all_or_none():
+            if RANK:
+                raise ValueError("no such key")
+    with pytest.raises(AgreedError, match="^rank 0: stale\nrank 2: no such key$") as caught:
+        with all_or_none():
+            if RANK != 1:
+                raise ValueError("no such key") if RANK else OSError("stale")
+    assert not isinstance(caught.value, FinalError)
+
+
 if __name__ == "__main__":
-    checks.run([values_come_by_rank, nobody_fails, one_fails, two_fail_alike_and_all_fail_alike, all_fail_differently])
+    alike_or_not = [two_fail_alike_and_all_fail_alike, all_fail_differently, faults_of_the_input_alone_are_final]
+    checks.run([values_come_by_rank, nobody_fails, one_fails, *alike_or_not])
     dist.destroy_process_group()
