@@ -6,7 +6,8 @@
 #
 # Launcher options are those of the `deepspeed` command (--num_gpus N, --include, --master_port, ...), and
 #   --max_restarts N       after a failure start again from the newest valid checkpoint, up to N times in a row
-#                          without getting further (0)
+#                          without getting further (0); not after one that every start would meet, as a mistake in the
+#                          recipe, with which a rank ends with code 78
 #   --stop_grace SECONDS   how long ranks may take to save after a stop (600)
 #   --exit_grace SECONDS   how long ranks may outlive the first one that ended (60)
 # and, started on each of several hosts (more in launch/train_multinode.sh),

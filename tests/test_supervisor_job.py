@@ -18,7 +18,7 @@ from supervised import Running, Start, start  # noqa: F401 (a fixture)
 
 from moepp_ds.supervisor.processes import describe_exit, exit_code, has_ended
 from moepp_ds.supervisor.restarts import pause_after, steps_done
-from moepp_ds.supervisor.verdict import COMPLETED, FAILED, STOPPED
+from moepp_ds.supervisor.verdict import COMPLETED, FAILED, FAILED_FOR_GOOD, STOPPED
 
 # Like deepspeed.launcher.launch: two ranks, RANK and LOCAL_RANK in their environment alone.
 TWO_RANKS = """
@@ -280,6 +280,35 @@ def test_what_keeps_a_host_out_does_not_end_the_attempt_of_the_others(
     assert run.code() == FAILED
     assert [line.startswith(words) for line in run.said()] == [True], run.output
     assert not list(folder.glob("attempt-*/end-*"))
+
+
+# The supervisor of one of two hosts, with one rank that ends after some seconds.
+ONE_OF_TWO = """
+import sys
+from pathlib import Path
+from moepp_ds.supervisor.job import Graces
+from moepp_ds.supervisor.restarts import Rules, supervise
+from moepp_ds.supervisor.roll import Roll, RollRules
+run_dir, hostfile = map(Path, sys.argv[1:3])
+own, seconds, code = sys.argv[3:]
+roll = Roll(run_dir, RollRules(hostfile, own, None, wait=30.0, silence=10.0, fits=lambda world: None))
+rank = f"LOCAL_RANK=0 RANK=0 sh -c 'sleep {seconds}; exit {code}'; exit $?"
+sys.exit(supervise(Rules(run_dir, Graces(5.0, 5.0), 3, "auto"), lambda resume, place: ["sh", "-c", rank], roll))
+"""
+
+
+@pytest.mark.parametrize("seconds", [{"a": "2", "b": "0.5"}, {"a": "0.5", "b": "2"}])
+def test_what_would_fail_again_on_one_host_is_not_started_again_on_any(
+    start: Start, tmp_path: Path, seconds: dict[str, str]  # noqa: F811
+) -> None:
+    """Whichever ends first."""
+    hostfile, codes = tmp_path / "hosts", {"a": "1", "b": str(FAILED_FOR_GOOD)}
+    hostfile.write_text("a slots=1\nb slots=1\n")
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", ONE_OF_TWO, str(tmp_path / "run"), str(hostfile)]
+    runs = [start([*command, own, seconds[own], codes[own]], {}) for own in "ab"]
+    assert [run.code() for run in runs] == [FAILED, FAILED], runs[0].output
+    assert not list((tmp_path / "run" / ".hosts").glob("attempt-0002/hosts")), runs[0].output
 
 
 def test_pauses_grow_to_a_minute_and_end_there() -> None:

@@ -1,4 +1,4 @@
-"""Runs that meet damaged checkpoints and data, full disks and bad updates, under the real program; the golden recipe."""
+"""Runs that meet damaged checkpoints or data, full disks, bad updates, under the real program; the golden recipe."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from run_folders import GOLDEN_RECIPE, metrics, sets, status, untimed
 from small_disk import run_on_small_disk
 from supervised import Running, Start, start  # noqa: F401 (a fixture)
 
+from data_pipeline.row_stream import BLOCK_ROWS
 from data_pipeline.shards import read_header
 from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD
 
@@ -210,16 +211,16 @@ def test_what_is_refused_at_the_start_is_not_started_again(start: Start, tmp_pat
 
 
 def test_data_that_one_rank_cannot_use_are_not_read_again(start: Start, tmp_path: Path) -> None:  # noqa: F811
-    """The second file is damaged, which rank 1 has the first rows of; rank 0 only sees that it is gone."""
+    """The second file is damaged, from which only rank 1 has rows; all that rank 0 sees is that rank 1 is gone."""
     shards = tmp_path / "shards"
     shutil.copytree(ROOT / "tests/golden/shards", shards)
     damaged = shards / "shards/pile/train/00.jsonl.zst.train"
     content = bytearray(damaged.read_bytes())
     content[read_header(damaged).cuts_offset] ^= 1
     damaged.write_bytes(content)
-    # one file after the other, and a window of rows a micro batch: the first 8,647 tokens, 01, hold that of rank 0
-    order = ["data.mixture={pile: 1}", "data.interleave=1", "data.shuffle_window=128"]
-    batch = ["train.micro_batch_size=128", f"train.batch_tokens={2 * 128 * 64}"]
+    # One file after the other, 01 with 8,647 tokens first. Rows are located in blocks, of which each rank has one.
+    order = ["data.mixture={pile: 1}", "data.interleave=1", f"data.shuffle_window={BLOCK_ROWS}", "data.seq_len=4"]
+    batch = [f"train.micro_batch_size={BLOCK_ROWS}", f"train.batch_tokens={2 * BLOCK_ROWS * 4}"]
     run = supervised(start, tmp_path / "run", f"data.path={shards}", *order, *batch)
     assert run.code(120) == FAILED
     assert "error: [rank 1] source 'pile': the part cuts of its shards do not add up" in run.output
