@@ -44,7 +44,7 @@ def is_of_input(error: Exception) -> bool:
 
     Not one that a reader made of the file system's error, which may be gone soon; but a missing file will be missing.
     """
-    behind = error.__context__
+    behind = error.__cause__ or error.__context__
     return isinstance(error, ValueError) and (not isinstance(behind, OSError) or isinstance(behind, FileNotFoundError))
 
 

@@ -89,6 +89,8 @@ def test_what_a_file_system_said_is_no_fault_of_the_input(behind: Exception, of_
             raise ValueError(f"cannot read it: {error}") from None
     assert is_of_input(caught.value) == of_input
     assert not is_of_input(behind)
+    caught.value.__cause__ = ChildProcessError(-9)
+    assert not is_of_input(caught.value)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])

@@ -182,6 +182,7 @@ def test_killed_builders_are_an_error_and_leave_nothing_wrong(
                     batches += next(loader)
                 except DataError as error:
                     failed = str(error)
+                    assert isinstance(error.__cause__, ChildProcessError)  # a start again may help
             assert failed is None or "ended with code -9 and no word" in failed
             found = np.concatenate([batch.tokens_BS1 for batch in batches])
             assert np.array_equal(found, prepared_rows[done : done + len(found)])

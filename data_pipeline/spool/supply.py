@@ -45,6 +45,7 @@ class Supply:
         self._open: dict[tuple[str, int], Chunk] = {}
         self._builders: list[subprocess.Popen[bytes]] = []
         self._failure = ""
+        self._cause: ChildProcessError | None = None
         self._changing = threading.RLock()
         self._closed = threading.Event()
         self.epoch_tokens: dict[str, int] = {}
@@ -162,12 +163,16 @@ class Supply:
         for process in self._builders:
             if not self._failure and process.poll() is not None:
                 self._builders = [other for other in self._builders if other is not process]
-                self._failure = _answer(process) or (
+                self._failure = _answer(process)
+                if self._failure:
+                    continue
+                self._cause = ChildProcessError(process.returncode)  # not the input's fault: it may help to try again
+                self._failure = (
                     f"a builder of the spool {self._root} ended with code {process.returncode} and no word, as when it"
                     " is killed or the system runs out of memory; start the run again, with --resume auto"
                 )
         if self._failure:
-            raise DataError(self._failure)
+            raise DataError(self._failure) from self._cause
 
     def _see_to(self, source: str) -> None:
         """Start a builder for a source and its mates, where nobody builds them."""
