@@ -15,7 +15,7 @@ from typing import Any
 
 from moepp_ds.agreement import all_or_none
 from moepp_ds.checkpoint import CheckpointError
-from moepp_ds.checkpoint.files import step_of
+from moepp_ds.checkpoint.files import is_named_by_step, step_of
 from moepp_ds.checkpoint.live import Saver
 from moepp_ds.run import Progress, Run, versions
 
@@ -30,11 +30,10 @@ class Saves:
         """resumed: the checkpoint that the run went on from; one of its own need not be written again."""
         options, root = run.recipe.checkpoint, run.path / "checkpoints"
         self._run, self._every = run, options.every
-        self._saver = Saver(run.engine, root, keep=options.keep, background=options.background)
+        if resumed is not None and not (is_named_by_step(resumed) and resumed.parent.resolve() == root.resolve()):
+            resumed = None
+        self._saver = Saver(run.engine, root, keep=options.keep, background=options.background, resumed=resumed)
         self._retry_at: int | None = None
-        self._saved: int | None = None
-        if resumed is not None and resumed.parent.resolve() == root.resolve():
-            self._saved = step_of(resumed)
 
     @property
     def ready(self) -> bool:
@@ -54,7 +53,8 @@ class Saves:
             self._publish()
         except CheckpointError as error:  # what kept an earlier one from the disk may be over
             self._run.say(f"warning: {error}")
-        if self._saved != progress.step:
+        last = self._saver.last
+        if last is None or step_of(last) != progress.step:
             self._save(progress, data)
             self._publish()
 
@@ -97,6 +97,5 @@ class Saves:
     def _publish(self) -> None:
         published = self._saver.complete()
         if published is not None:
-            self._saved = step_of(published)
-            self._run.note_status(self._saved)
+            self._run.note_status(step_of(published))
             self._run.say(f"saved {published}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,15 @@ from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.chunks import CHUNK_BYTES, ChunkReader, chunk_ranges, prove_chunks, write_chunks
 from moepp_ds.checkpoint.compare import compare
 from moepp_ds.checkpoint.errors import DamagedCheckpoint
-from moepp_ds.checkpoint.files import candidates, delete, read_index, set_aside_old
+from moepp_ds.checkpoint.files import (
+    candidates,
+    delete,
+    find_checkpoint,
+    read_index,
+    set_aside_old,
+    step_of,
+    too_old,
+)
 from moepp_ds.checkpoint.fingerprints import Fingerprints
 from moepp_ds.checkpoint.tensors import StoredTensors, Wanted, write_fragments
 from moepp_ds.checkpoint.verify import find_damage
@@ -51,6 +61,18 @@ def test_chunks_are_read_as_they_were_written(tmp_path: Path, sizes: list[int]) 
         end = min((offset // CHUNK_BYTES + 1) * CHUNK_BYTES, len(content))
         assert bytes(reader.rest_of_chunk("file", 4096 + offset)) == content[offset:end]
     assert reader.damage("file") == []
+
+
+def test_pieces_may_share_their_memory(tmp_path: Path) -> None:
+    buffer = bytearray(1000)
+
+    def pieces() -> Iterator[memoryview]:
+        for number in range(5):
+            buffer[:] = bytes([number]) * 1000
+            yield memoryview(buffer)
+
+    write_chunks(tmp_path / "file", b"h" * 4096, pieces())
+    assert (tmp_path / "file").read_bytes()[4096:] == b"".join(bytes([number]) * 1000 for number in range(5))
 
 
 def test_disks_that_want_another_alignment(tmp_path: Path) -> None:
@@ -195,7 +217,7 @@ def hold(root: Path, *steps: int, latest: str | None = None) -> None:
     [
         ("step-00000020\n", [20, 10]),
         ("step-00000030\n", [30, 20, 10]),
-        ("step-00000025\n", [30, 20, 10]),
+        ("step-00000025\n", [20, 10]),  # killed while a resumed run put another in its place
         ("stap-00000020\n", [30, 20, 10]),
         ("\x80\0", [30, 20, 10]),
         ("", [30, 20, 10]),
@@ -208,8 +230,40 @@ def test_candidates(tmp_path: Path, latest: str | None, expected: list[int]) -> 
     hold(tmp_path, 10, 20, 30, latest=latest)
     for name in ("step-00000040", ".step-00000050.partial", "step-x"):  # without an index, or without a name
         (tmp_path / name).mkdir()
+    for name in ("step-20", "step-000000020", "step-000000\u0662\u0660"):  # a step has one name
+        shutil.copytree(tmp_path / "step-00000010", tmp_path / name)
     (tmp_path / "step-00000001").write_text("a file")
     assert candidates(tmp_path) == [tmp_path / f"step-{step:08d}" for step in expected]
+
+
+def test_an_index_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    """It is for the reader to name; the others are found."""
+    hold(tmp_path, 10, 20, latest="step-00000020")
+    index = tmp_path / "step-00000020/index.json"
+    index.unlink()
+    index.symlink_to("x" * 300)  # another error than that it is missing
+    assert find_checkpoint(tmp_path) == index.parent
+    assert candidates(tmp_path) == [index.parent, tmp_path / "step-00000010"]
+    with pytest.raises(DamagedCheckpoint, match=r"index.json is damaged \(.*File name too long"):
+        read_index(index.parent)
+
+
+def test_what_cannot_be_published_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()  # it cannot be replaced by a file
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="step-00000000 cannot be written: .*[Dd]irectory"):
+            write_weights(tmp_path, [("w", 0, torch.ones(6))], shapes={"w": [6]}, step=0, facts={})
+        assert sorted(path.name for path in tmp_path.iterdir()) in (["latest"], ["latest", "step-00000000"])
+        (tmp_path / "step-00000000").mkdir(exist_ok=True)
+        (tmp_path / "step-00000000/index.json").write_text("of before")
+    assert (tmp_path / "step-00000000/index.json").read_text() == "of before"
+
+
+def test_an_index_that_could_not_be_read_is_never_published(tmp_path: Path) -> None:
+    facts = {"routing": {"bias_LE": [[float("nan")]], "share_LE": None}}
+    with pytest.raises(CheckpointError, match="index.json is no index of a checkpoint: routing.bias_LE.0.0: .*finite"):
+        write_weights(tmp_path, [("w", 0, torch.ones(6))], shapes={"w": [6]}, step=0, facts=facts)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_retention_hides_and_deletes(tmp_path: Path) -> None:
@@ -223,6 +277,24 @@ def test_what_retention_hides_and_deletes(tmp_path: Path) -> None:
         delete([tmp_path / "gone"])
 
 
+def test_what_a_resumed_run_has_passed_does_not_count(tmp_path: Path) -> None:
+    hold(tmp_path, 1, 2, 3, 5, 7)
+    newest, before = tmp_path / "step-00000006", tmp_path / "step-00000002"
+    hold(tmp_path, 6)
+    assert [step_of(path) for path in too_old(newest, keep=2, before=before)] == [1, 3, 5]
+    assert [step_of(path) for path in too_old(newest, keep=9, before=before)] == [3, 5]
+    assert [step_of(path) for path in too_old(newest, keep=2)] == [1, 2, 3]
+
+
+def test_of_a_checkpoint_that_was_moved_away_the_link_is_deleted(tmp_path: Path) -> None:
+    hold(tmp_path / "archive", 1)
+    hold(tmp_path / "run", 2)
+    (tmp_path / "run/step-00000001").symlink_to(tmp_path / "archive/step-00000001")
+    delete(set_aside_old(tmp_path / "run/step-00000002", keep=1))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000002"]
+    assert (tmp_path / "archive/step-00000001/index.json").exists()
+
+
 def test_older_and_newer_formats_are_refused_by_name(tmp_path: Path) -> None:
     folder = write_weights(tmp_path, [("w", 0, torch.ones(6))], shapes={"w": [6]}, step=0, facts={})
     text = (folder / "index.json").read_text()
@@ -230,7 +302,10 @@ def test_older_and_newer_formats_are_refused_by_name(tmp_path: Path) -> None:
         (folder / "index.json").write_text(text.replace('"format": 2', f'"format": {number}'))
         with pytest.raises(DamagedCheckpoint, match="index.json has format .*, this version reads 2; use the version"):
             read_index(folder)
-    for note in ({"chunks": []}, {"header": 7}, {"bytes": 4000}, {"header": CHUNK_BYTES + 1}):
+    for note in (
+        *({"chunks": []}, {"header": 7}, {"bytes": 4000}, {"header": CHUNK_BYTES + 1}),
+        *({"bytes": 2**60}, {"bytes": 4120.0}, {"bytes": "4120"}, {"header": "4096"}),
+    ):
         (folder / "index.json").write_text(text)
         set_index(folder, lambda index: index["files"]["part-00000.safetensors"].update(note))
         with pytest.raises(DamagedCheckpoint, match="index.json is no index of a checkpoint: files"):
@@ -265,6 +340,10 @@ def test_headers_that_lie(tmp_path: Path) -> None:
     refused([], "")  # type: ignore[arg-type]
     refused(b"\x80\x04", "")
     refused({"weight|w|0": entry}, "another length", length=17)
+    half = {"dtype": "F32", "shape": [8], "data_offsets": [32, 64]}
+    refused({"weight|w|0": entry, "weight|w|16": entry}, "one behind the other")  # it gives more than it holds
+    refused({"weight|w|0": entry, "weight|x|0": half}, "one behind the other")
+    refused({"weight|w|0": half}, "one behind the other")
 
 
 def test_what_differs(tmp_path: Path) -> None:

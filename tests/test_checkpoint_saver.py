@@ -17,6 +17,7 @@ CHECKS = [
     "failed_background_save_is_known_to_all_ranks_when_it_is_completed",
     "old_ones_are_deleted_while_training_goes_on",
     "closed_before_it_is_complete_is_not_published",
+    "where_no_thread_can_be_had",
     "exchanged_experts_are_named",
     "no_changed_byte_loads_silently",
     "all_damage_is_listed",

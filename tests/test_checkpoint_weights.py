@@ -213,6 +213,10 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a byte": (lambda folder, _: flip(folder / PART, -3), f"{PART} does not match its checksums in bytes 4096 to 4224"),
     "its header": (lambda folder, _: flip(folder / PART, 12), f"{PART} does not match its .* in bytes 0 to 4096; use"),
     "cut off": (lambda folder, _: os.truncate(folder / PART, 100), f"{PART} has 100 bytes instead of"),
+    "a loop": (
+        lambda folder, _: [(folder / PART).unlink(), (folder / PART).symlink_to(PART)],
+        f"{PART} cannot be read: .*; use another",
+    ),
     "no file": (lambda folder, _: (folder / PART).unlink(), f"{PART} is missing"),
     "no index": (lambda folder, _: (folder / "index.json").unlink(), "is no checkpoint: it holds no index.json"),
     "index": (lambda folder, _: flip(folder / "index.json", -5), "index.json does not match its checksum"),
@@ -262,10 +266,14 @@ def test_damage_is_found_when_it_is_opened_or_read(tmp_path: Path, name: str) ->
 def test_latest_names_a_checkpoint_or_is_refused(tmp_path: Path) -> None:
     write(tmp_path)
     paths = (b"../step-00000000", b"step-00000000/../step-00000000", b".")
-    for name in (b"step-00000007\n", *paths, b"", b"\xff\xfe\0", b"x" * 9999):
+    for name in (b"step-00000007\n", *paths, b"", b"\xff\xfe\0", b"x" * 9999, b"step-" + b"1" * 9999):
         (tmp_path / "latest").write_bytes(name)
         with pytest.raises(CheckpointError, match="latest names .*, which is no checkpoint; name one by its folder"):
             find_checkpoint(tmp_path)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(CheckpointError, match="latest names no folder of a step, which is no checkpoint; name one"):
+        find_checkpoint(tmp_path)
 
 
 def test_pickles_are_never_executed(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ CHECKS = [
     "failed_save_is_tried_again_before_the_next_is_due",
     "last_save_is_tried_although_one_before_it_failed",
     "what_is_saved_is_not_saved_again",
+    "what_a_resumed_run_leaves_behind_is_never_gone_on_from",
 ]
 
 

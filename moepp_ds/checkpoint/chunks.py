@@ -48,6 +48,11 @@ def chunk_ranges(header: int, size: int) -> list[tuple[int, int]]:
     return [(0, header), *((start, min(start + CHUNK_BYTES, size)) for start in range(header, size, CHUNK_BYTES))]
 
 
+def count_chunks(header: int, size: int) -> int:
+    """How many ranges `chunk_ranges` returns; whatever the size is said to be, it takes no memory."""
+    return 1 + len(range(header, size, CHUNK_BYTES))
+
+
 def write_chunks(path: Path, header: bytes, data: Iterable[memoryview]) -> dict[str, Any]:
     """Write a file, wait until the disk has it, and return its note.
 
@@ -57,12 +62,8 @@ def write_chunks(path: Path, header: bytes, data: Iterable[memoryview]) -> dict[
     chunks: list[str] = []
     buffer, size = memoryview(mmap(-1, CHUNK_BYTES)), 0  # aligned, as a disk wants it
     try:
-        with _descriptor(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
-            for pieces in chain([[memoryview(header)]], _regrouped(data)):
-                length = 0
-                for piece in pieces:
-                    buffer[length : length + len(piece)] = piece
-                    length += len(piece)
+        with _descriptor(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
+            for length in chain(_fill(buffer, [memoryview(header)]), _fill(buffer, data)):
                 chunks.append(digest(buffer[:length]))
                 _write_all(file, buffer[: length + -length % HEADER_ALIGNMENT], size)
                 size += length
@@ -105,20 +106,19 @@ def _descriptor(path: Path, flags: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _regrouped(pieces: Iterable[memoryview]) -> Iterator[list[memoryview]]:
-    """The same bytes in lists of CHUNK_BYTES each, the last one of what is left."""
-    held: list[memoryview] = []
-    room = CHUNK_BYTES
+def _fill(buffer: memoryview, pieces: Iterable[memoryview]) -> Iterator[int]:
+    """Gather the pieces in the buffer; yields how many bytes it holds when it is full, and at the end of the rest."""
+    length = 0
     for piece in pieces:
         while piece:
-            part, piece = piece[:room], piece[room:]
-            held.append(part)
-            room -= len(part)
-            if not room:
-                yield held
-                held, room = [], CHUNK_BYTES
-    if held:
-        yield held
+            part, piece = piece[: len(buffer) - length], piece[len(buffer) - length :]
+            buffer[length : length + len(part)] = part
+            length += len(part)
+            if length == len(buffer):
+                yield length
+                length = 0
+    if length:
+        yield length
 
 
 def _write_all(descriptor: int, content: memoryview, start: int) -> None:
@@ -160,6 +160,8 @@ def size_problem(path: Path, size: int) -> str | None:
         found = path.stat().st_size
     except FileNotFoundError:
         return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
     if not path.is_file():
         return f"{path} is no file"
     return None if found == size else f"{path} has {found} bytes instead of {size}"

@@ -15,12 +15,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from data_pipeline.atomic import TEMPORARY, sync_folder, write_atomically
-from moepp_ds.checkpoint.chunks import ANOTHER, CHUNK_BYTES, chunk_ranges, digest, size_problem
+from moepp_ds.checkpoint.chunks import ANOTHER, CHUNK_BYTES, count_chunks, digest, size_problem
 from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = 2
 
-_NAME = re.compile(r"step-\d+")
+_NAME = re.compile(r"step-([1-9][0-9]{0,9})?[0-9]{8}")
+"""Just the names that `folder_name` gives: one for each step."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two, of every parameter."""
@@ -29,7 +30,11 @@ KINDS = ("weight", *MOMENTS)
 """What is stored of a parameter: its fp32 weight and its moments."""
 
 
-class _FileNote(BaseModel):
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)  # which a model does not hand on to those inside it
+
+
+class _FileNote(_Strict):
     """What the index says of a file, as `chunks.write_chunks` has it."""
 
     bytes: int = Field(ge=0)
@@ -38,28 +43,28 @@ class _FileNote(BaseModel):
 
     @model_validator(mode="after")
     def _has_every_checksum(self) -> _FileNote:
-        if self.header > self.bytes or len(self.chunks) != len(chunk_ranges(self.header, self.bytes)):
+        if self.header > self.bytes or len(self.chunks) != count_chunks(self.header, self.bytes):
             raise ValueError(f"{len(self.chunks)} checksums are not those of {self.bytes} bytes")
         return self
 
 
-class _Routing(BaseModel):
+class _Routing(_Strict):
     """What routing remembers, as `controller.RoutingState` has it."""
 
     bias_LE: list[list[FiniteFloat]] | None
     share_LE: list[list[FiniteFloat]] | None
 
 
-class _Data(BaseModel):
+class _Data(_Strict):
     """Where a loader was."""
 
     order: dict[str, Any] = {}
 
 
-class _Index(BaseModel):
+class _Index(_Strict):
     """What every index holds, and what many do; the rest belongs to the run."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
 
     step: int = Field(ge=0)
     tokens: int = Field(default=0, ge=0)
@@ -83,6 +88,11 @@ def partial_folder(root: Path, step: int) -> Path:
     return root / f".{folder_name(step)}.partial"
 
 
+def is_named_by_step(folder: Path) -> bool:
+    """Whether a folder has a name of `folder_name`."""
+    return _NAME.fullmatch(folder.name) is not None
+
+
 def step_of(folder: Path) -> int:
     """The update whose checkpoint is in a folder of `folder_name`."""
     return int(folder.name.removeprefix("step-"))
@@ -91,7 +101,8 @@ def step_of(folder: Path) -> int:
 def write_index(folder: Path, content: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     """Write index.json with the notes of all ranks' files; with it the folder is a complete checkpoint.
 
-    The files must be visible from here, in their sizes: ranks that do not share the folder are found out.
+    The files must be visible from here, in their sizes: ranks that do not share the folder are found out. The index
+    must be one that can be read, too: a checkpoint that cannot is never published, and makes no older one superfluous.
     """
     for name, note in files.items():
         problem = size_problem(folder / name, note["bytes"])
@@ -99,35 +110,51 @@ def write_index(folder: Path, content: Mapping[str, Any], files: Mapping[str, An
             raise CheckpointError(f"{problem}, as rank 0 sees it; the run folder must be one that all nodes share")
     text = _index_text({"format": FORMAT, **content, "files": files})
     write_atomically(folder / "index.json", text.encode())
+    read_index(folder)
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a complete checkpoint its name, and then move `latest`."""
+    """Give a complete checkpoint its name, and then move `latest`. If that fails, all is as it was before."""
+    sync_folder(final.parent.parent)  # which has the name of the folder that all checkpoints are in
     # A run that was resumed from an earlier checkpoint comes by here again.
     replaced = _set_aside(final) if final.exists() else None
     try:
         partial.rename(final)
+        sync_folder(final.parent)
+        write_atomically(final.parent / "latest", f"{final.name}\n".encode())
     except OSError:
+        if not partial.exists():
+            final.rename(partial)
         if replaced is not None:
             replaced.rename(final)
         raise
-    sync_folder(final.parent)
-    write_atomically(final.parent / "latest", f"{final.name}\n".encode())
 
 
-def too_old(newest: Path, *, keep: int) -> list[Path]:
+def too_old(newest: Path, *, keep: int, before: Path | None = None) -> list[Path]:
     """The complete checkpoints before the newest one but for `keep`, it included.
 
-    Later steps are of the part of the run that a resumed one left behind: they do not count, and they stay.
+    before: the one that the run was at before. Those between the two are of a part of the run that was left behind, or
+    were passed over as damaged: they do not count, and they go. Later ones do not count either; they stay.
     """
     complete = _complete(newest.parent)
-    return [complete[step] for step in sorted(complete) if step <= step_of(newest)][:-keep]
+    steps = sorted(step for step in complete if step <= step_of(newest))
+    passed = range(step_of(before) + 1, step_of(newest)) if before is not None else range(0)
+    kept = [step for step in steps if step not in passed][-keep:]
+    return [complete[step] for step in steps if step not in kept]
 
 
 def _complete(root: Path) -> dict[int, Path]:
     """The complete checkpoints under `root`, by their steps."""
-    folders = [folder for folder in root.glob("step-*") if _NAME.fullmatch(folder.name)]
-    return {step_of(folder): folder for folder in folders if (folder / "index.json").exists()}
+    folders = [folder for folder in root.glob("step-*") if is_named_by_step(folder)]
+    return {step_of(folder): folder for folder in folders if _has_index(folder)}
+
+
+def _has_index(folder: Path) -> bool:
+    """Whether a folder has an index, readable or not: one that cannot be read is for `read_index` to name."""
+    try:
+        return (folder / "index.json").is_file()
+    except OSError:
+        return True
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -135,14 +162,14 @@ def leftovers(root: Path) -> list[Path]:
     return sorted([*root.glob(".step-*"), *root.glob(f"{TEMPORARY}*")])
 
 
-def set_aside_old(newest: Path, *, keep: int) -> list[Path]:
-    """Hide checkpoints before the newest one but for `keep`, it included; return what may be deleted now.
+def set_aside_old(newest: Path, *, keep: int, before: Path | None = None) -> list[Path]:
+    """Hide the checkpoints that are `too_old`; return what may be deleted now.
 
     That is these, and what is left of saves that never ended; nobody may be saving. What cannot be hidden is warned
     of and stays; the next save tries again.
     """
     with _only_warned():
-        for folder in too_old(newest, keep=keep):
+        for folder in too_old(newest, keep=keep, before=before):
             with _only_warned():
                 _set_aside(folder)
         return leftovers(newest.parent)
@@ -153,7 +180,7 @@ def delete(paths: Iterable[Path]) -> None:
     """Delete folders and files; what cannot be deleted is warned of, and the next save tries again."""
     for path in paths:
         with _only_warned():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():  # of a checkpoint that was moved elsewhere the link goes
                 shutil.rmtree(path)
             else:
                 path.unlink()
@@ -178,23 +205,30 @@ def find_checkpoint(root: Path) -> Path | None:
     latest = root / "latest"
     if not latest.exists():
         return None
-    name = latest.read_text(errors="replace").strip()
-    if not _NAME.fullmatch(name) or not (root / name / "index.json").exists():
-        raise DamagedCheckpoint(f"{latest} names {name[:40]}, which is no checkpoint; name one by its folder")
-    return root / name
+    named = _named_by(latest)
+    if named is None or not _has_index(named):
+        said = named.name if named else "no folder of a step"
+        raise DamagedCheckpoint(f"{latest} names {said}, which is no checkpoint; name one by its folder")
+    return named
+
+
+def _named_by(latest: Path) -> Path | None:
+    """The folder that a file `latest` names, whether it is there or not; None if it names none."""
+    try:
+        name = latest.read_text(errors="replace").strip()
+    except OSError:
+        return None
+    return latest.parent / name if _NAME.fullmatch(name) else None
 
 
 def candidates(root: Path) -> list[Path]:
     """The complete checkpoints under `root` that a run may go on from, the newest first.
 
-    Those are the one that `latest` names and, in case it is damaged, the ones before it; later ones are of a part of
-    the run that was left behind. Where `latest` itself is missing or names nothing, all of them, by their steps.
+    Those are the one that `latest` names and, in case it is damaged or gone, the ones before it; later ones are of a
+    part of the run that was left behind. Where `latest` is missing or names nothing, all of them, by their steps.
     """
     complete = _complete(root)
-    try:
-        newest = find_checkpoint(root)
-    except (DamagedCheckpoint, OSError):
-        newest = None
+    newest = _named_by(root / "latest")
     last = step_of(newest) if newest else max(complete, default=0)
     return [complete[step] for step in sorted(complete, reverse=True) if step <= last]
 
@@ -202,7 +236,7 @@ def candidates(root: Path) -> list[Path]:
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of a checkpoint, its checksum included; refuses other folders and formats, and a changed index."""
     path = folder / "index.json"
-    if not path.is_file():
+    if not _has_index(folder):
         raise DamagedCheckpoint(f"{folder} is no checkpoint: it holds no index.json")
     try:
         text = path.read_text(encoding="utf-8")

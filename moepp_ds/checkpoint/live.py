@@ -75,13 +75,6 @@ class _Write(Thread):
         except Exception as error:
             self.problem = error
 
-    def go_on(self) -> None:
-        """Do what is left behind training's back, or here where no thread can be had."""
-        try:
-            self.start()
-        except RuntimeError:
-            self.run()
-
     def run(self) -> None:
         if self.note is None and self.problem is None:
             self.write()
@@ -90,11 +83,6 @@ class _Write(Thread):
                 prove_chunks(self.file, self.note)
         except Exception as error:
             self.problem = error
-
-    def wait(self) -> None:
-        """Wait until all is done."""
-        if self.is_alive():
-            self.join()
 
     def _add_fingerprints(self) -> None:
         for (kind, name, start), tensor in self._tensors.items():
@@ -105,16 +93,20 @@ class _Write(Thread):
 class Saver:
     """Writes a run's checkpoints under `root`. All ranks make one and call it alike; what they call is collective.
 
-    last: the newest checkpoint that this saver has published.
+    last: the checkpoint that the run is at: the one this saver published last, or before that the one resumed from.
     """
 
-    def __init__(self, engine: Any, root: Path, *, keep: int, background: bool = False) -> None:
+    def __init__(
+        self, engine: Any, root: Path, *, keep: int, background: bool = False, resumed: Path | None = None
+    ) -> None:
         """keep: complete checkpoints that stay, the newest included.
         background: training goes on while they are written, too, and not only while they are proven.
 
+        resumed: the checkpoint under `root` that the run goes on from.
+
         In the background this rank's fragments are copied to host memory, which is taken here, for good.
         """
-        self.last: Path | None = None
+        self.last = resumed
         self._engine, self._root, self._keep = engine, root, keep
         self._shapes = global_shapes(engine.module.config)
         self._copies = _HostCopies(_live_tensors(engine)) if background else None
@@ -147,7 +139,7 @@ class Saver:
         assert self._write is not None
         if self._copies is None:
             self._write.write()
-        self._write.go_on()
+        _start(self._write)
 
     @property
     def ready(self) -> bool:
@@ -162,7 +154,7 @@ class Saver:
         if self._write is None:
             return None
         write, self._write = self._write, None
-        write.wait()
+        _wait_for(write)
         partial, step = write.file.parent, write.content["step"]
         final = self._root / folder_name(step)
         with self._undone_on_failure(step):
@@ -185,7 +177,7 @@ class Saver:
     def close(self) -> None:
         """Wait for this rank's threads and give its memory back. A save that was not completed is not published."""
         if self._write is not None:
-            self._write.wait()
+            _wait_for(self._write)
         self._join_cleaner()
         if self._copies is not None:
             self._copies.close()
@@ -201,20 +193,33 @@ class Saver:
             yield
         except CheckpointError as error:
             self._write = None
-            if dist.get_rank() == 0:
-                shutil.rmtree(partial_folder(self._root, step), ignore_errors=True)
+            # Every rank: where they do not share the folder, each has one of its own.
+            shutil.rmtree(partial_folder(self._root, step), ignore_errors=True)
             raise CheckpointError(f"no checkpoint of update {step}: {error}") from error
 
     def _delete_old(self, newest: Path) -> None:
         self._join_cleaner()
-        old = set_aside_old(newest, keep=self._keep)
+        old = set_aside_old(newest, keep=self._keep, before=self.last)
         self._cleaner = Thread(target=delete, args=(old,), name="checkpoint-clean", daemon=True)
-        self._cleaner.start()
+        _start(self._cleaner)
 
     def _join_cleaner(self) -> None:
         if self._cleaner is not None:
-            self._cleaner.join()
+            _wait_for(self._cleaner)
             self._cleaner = None
+
+
+def _start(thread: Thread) -> None:
+    """Have it done behind training's back, or here where no thread can be had."""
+    try:
+        thread.start()
+    except RuntimeError:
+        thread.run()
+
+
+def _wait_for(thread: Thread) -> None:
+    if thread.is_alive():  # also False for one that was never started
+        thread.join()
 
 
 def _live_tensors(engine: Any) -> Tensors:

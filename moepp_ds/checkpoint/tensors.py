@@ -161,6 +161,7 @@ def _headings(file: str, header: bytes, size: int) -> Iterator[tuple[str, str, P
     entries = json.loads(header[_LENGTH:])
     if not isinstance(entries, dict):
         raise ValueError("its header is no JSON object")
+    spans = []
     for key, entry in entries.items():
         kind, parameter, start = key.split("|")
         if entry["dtype"] != "F32":
@@ -171,4 +172,8 @@ def _headings(file: str, header: bytes, size: int) -> Iterator[tuple[str, str, P
             raise ValueError(f"{key} has another size than its shape")
         if not 0 <= begin <= end <= size - len(header) or begin % ELEMENT:
             raise ValueError(f"{key} lies outside of the file")
+        spans.append((begin, end))
         yield kind, parameter, Piece(int(start), int(start) + length, file, len(header) + begin)
+    spans.sort()  # a file never gives more than it holds
+    if [begin for begin, _ in spans] != [0, *(end for _, end in spans)][: len(spans)]:
+        raise ValueError("its fragments do not lie one behind the other")

@@ -164,6 +164,28 @@ def saved(name: str) -> tuple[Any, Path]:
     return engine, folder
 
 
+def where_no_thread_can_be_had() -> None:
+    """A save fails on all ranks alike, and a checkpoint that was written is published, and makes room."""
+    _, engine = trained(2, 1)
+    with saving(engine, "threads", keep=1) as (saver, root):
+        saver.save(step=1, facts=FACTS)
+        saver.complete()
+        saver.save(step=2, facts=FACTS)
+        wait_until(lambda: saver.ready)
+        threading.stack_size(2**47)  # more than there are addresses
+        try:
+            assert saver.complete() == find_checkpoint(root) == root / "step-00000002"
+            dist.barrier()
+            assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000002"]
+            saver.save(step=3, facts=FACTS)
+            with pytest.raises(CheckpointError, match="^no checkpoint of update 3: can't start new thread"):
+                saver.complete()
+        finally:
+            threading.stack_size(0)
+        saver.save(step=3, facts=FACTS)
+        assert saver.complete() == root / "step-00000003"
+
+
 def exchanged_experts_are_named() -> None:
     """Checksums and ranges are right, and still the weights are not the model's."""
     engine, folder = saved("exchanged")
@@ -248,6 +270,7 @@ CHECKS = [
     failed_background_save_is_known_to_all_ranks_when_it_is_completed,
     old_ones_are_deleted_while_training_goes_on,
     closed_before_it_is_complete_is_not_published,
+    where_no_thread_can_be_had,
     exchanged_experts_are_named,
     no_changed_byte_loads_silently,
     all_damage_is_listed,

@@ -78,12 +78,31 @@ def what_is_saved_is_not_saved_again() -> None:
     with saves_of("another", resumed=index.parent) as saves:
         saves.last(Progress(2, RoutingState()), {})
     assert saved("another") == [2]
+    hidden = index.parent.with_name(".step-00000002.old-0")
+    dist.barrier()
+    if RANKS.is_first:
+        index.parent.rename(hidden)
+    with saves_of("once", resumed=hidden) as saves:  # found by the user, and no longer there as a checkpoint
+        saves.last(Progress(2, RoutingState()), {})
+    assert saved("once") == [2]
+
+
+def what_a_resumed_run_leaves_behind_is_never_gone_on_from() -> None:
+    with saves_of("branch", "checkpoint.keep=9") as saves:
+        for step in (2, 4, 5):
+            saves.last(Progress(step, RoutingState()), {})
+    with saves_of("branch", "checkpoint.keep=9", resumed=FOLDER / "branch/checkpoints/step-00000002") as saves:
+        saves.last(Progress(4, RoutingState()), {})
+        assert saved("branch") == [4, 2]
+        saves.last(Progress(6, RoutingState()), {})
+    assert saved("branch") == [6, 4, 2]
 
 
 CHECKS = [
     failed_save_is_tried_again_before_the_next_is_due,
     last_save_is_tried_although_one_before_it_failed,
     what_is_saved_is_not_saved_again,
+    what_a_resumed_run_leaves_behind_is_never_gone_on_from,
 ]
 
 if __name__ == "__main__":
