@@ -143,8 +143,12 @@ def prune(
     keep: Annotated[int, typer.Option(min=1, help="checkpoints that stay, up to the one that `latest` names")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what would go")] = False,
 ) -> None:
-    """Delete a run's old checkpoints and what broken-off saves have left. Not while the run is training."""
+    """Delete a run's old checkpoints and what broken-off saves have left. Not while the run is training.
+
+    The newest is read and proven whole first: what is deleted may be needed where it is not.
+    """
     from moepp_ds.checkpoint.files import delete, find_checkpoint, leftovers, set_aside_old, too_old
+    from moepp_ds.checkpoint.verify import find_damage
 
     root = run_dir / "checkpoints"
     newest = find_checkpoint(root)
@@ -152,6 +156,10 @@ def prune(
         raise CheckpointError(f"{run_dir} holds no checkpoints: there is no {root / 'latest'}; name a run's folder")
     busy = f"a process is training in {run_dir}, which deletes old ones itself (checkpoint.keep); stop it first"
     with held(run_dir / ".lock", refusal=busy):
+        damage = [] if dry_run else find_damage(newest)
+        if damage:
+            said = f"nothing was deleted, for {newest}, the newest, is damaged (go on with --resume PATH of another):"
+            raise DamagedCheckpoint("\n".join([said, *damage]))
         for path in [*too_old(newest, keep=keep), *leftovers(root)]:
             typer.echo(f"{'would delete' if dry_run else 'deleting'} {path}  {_size(path):,} bytes")
         if not dry_run:

@@ -134,7 +134,10 @@ def test_prune(tmp_path: Path) -> None:
     with (run_dir / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "a process is training in" in refusal("prune", run_dir, "--keep", 1)
+    flip(folders[3] / PART, 9)
+    assert "nothing was deleted, for" in refusal("prune", run_dir, "--keep", 1)
     assert sorted(root.iterdir()) == everything
+    flip(folders[3] / PART, 9)
     assert f"deleting {folders[0]}" in printed("prune", run_dir, "--keep", 2)
     names = [path.name for path in sorted(root.iterdir())]
     assert names == ["latest", "step-00000002", "step-00000003", "step-00000009"]

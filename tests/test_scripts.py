@@ -136,6 +136,24 @@ def test_slurm_starts_a_supervisor_a_node_and_requeues_what_was_stopped(
     assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize(
+    ("given", "count", "resumed"),
+    [
+        ([], "0", "r.yaml --resume auto"),
+        (["--resume", "runs/a"], "0", "r.yaml --resume runs/a"),
+        (["--resume=runs/a"], "0", "r.yaml --resume=runs/a"),
+        (["--resume", "runs/a"], "1", "r.yaml --resume runs/a --resume auto"),  # the last one counts
+    ],
+)
+def test_slurm_goes_back_to_a_checkpoint_once(
+    slurm: dict[str, str], given: list[str], count: str, resumed: str
+) -> None:
+    done = run(
+        "bash", "launch/slurm.sbatch", "r.yaml", *given, **slurm, CODES="0", SLURM_RESTART_COUNT=count, MIN_NODES="1"
+    )
+    assert done.stdout.splitlines()[2].endswith(resumed)
+
+
 def test_slurm_says_how_to_submit(slurm: dict[str, str]) -> None:
     assert "usage: sbatch" in run("bash", "launch/slurm.sbatch", **slurm).stderr
     done = run("bash", "launch/slurm.sbatch", "r.yaml", **{**slurm, "SLURM_SUBMIT_DIR": "/"})
