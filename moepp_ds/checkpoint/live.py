@@ -17,7 +17,6 @@ Loading
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,9 +25,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from moepp_ds.agreement import agreed_message, all_or_none, gather
 from moepp_ds.checkpoint.chunks import prove_chunks
@@ -47,11 +44,9 @@ from moepp_ds.checkpoint.files import (
 )
 from moepp_ds.checkpoint.fingerprints import Fingerprints
 from moepp_ds.checkpoint.fragments import Fragment, optimizer_facts, owned_fragments, restore_optimizer_facts
+from moepp_ds.checkpoint.host_copies import HostCopies, Tensors
 from moepp_ds.checkpoint.shapes import global_shapes
 from moepp_ds.checkpoint.tensors import StoredTensors, Wanted, write_fragments
-
-Tensors = dict[tuple[str, str, int], Tensor]
-"""Fragments by (kind, parameter, start)."""
 
 
 class _Write(Thread):
@@ -109,7 +104,7 @@ class Saver:
         self.last = resumed
         self._engine, self._root, self._keep = engine, root, keep
         self._shapes = global_shapes(engine.module.config)
-        self._copies = _HostCopies(_live_tensors(engine)) if background else None
+        self._copies = HostCopies(_live_tensors(engine)) if background else None
         self._write: _Write | None = None
         self._cleaner: Thread | None = None
 
@@ -228,38 +223,6 @@ def _live_tensors(engine: Any) -> Tensors:
         for fragment in owned_fragments(engine)
         for kind, tensor in fragment.tensors.items()
     }
-
-
-class _HostCopies:
-    """Host memory for one copy of this rank's fragments, page-locked where they come from a GPU."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self._flat = torch.empty(sum(tensor.numel() for tensor in tensors.values()))
-        self._flat.fill_(0.0)  # the system gives memory when it is written to: now, rather than during the first save
-        self._locked = any(tensor.is_cuda for tensor in tensors.values()) and self._lock()
-
-    def _lock(self) -> bool:
-        """Page-lock the memory as it is: PyTorch's own pinned memory comes in powers of two."""
-        problem = torch.cuda.cudart().cudaHostRegister(self._flat.data_ptr(), self._flat.nbytes, 0)
-        if int(problem):
-            warnings.warn("host memory for background saves cannot be page-locked: copies take longer", stacklevel=2)
-        return not int(problem)
-
-    def take(self, tensors: Tensors) -> Tensors:
-        """Copy the tensors; what is returned is overwritten by the next call."""
-        sizes = [tensor.numel() for tensor in tensors.values()]
-        copies = dict(zip(tensors, self._flat.split(sizes)))
-        for key, tensor in tensors.items():
-            copies[key].copy_(tensor, non_blocking=self._locked)
-        if self._locked:
-            torch.cuda.synchronize()
-        return copies
-
-    def close(self) -> None:
-        if self._locked:
-            torch.cuda.cudart().cudaHostUnregister(self._flat.data_ptr())
-            self._locked = False
-        self._flat = torch.empty(0)
 
 
 def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any]:

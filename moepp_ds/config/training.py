@@ -106,7 +106,8 @@ class CheckpointConfig(Section):
     """Updates between checkpoints. Steps."""
 
     keep: int = Field(default=3, ge=1)
-    """Newest checkpoints that are kept; older ones are deleted. Checkpoints."""
+    """Newest checkpoints that are kept; older ones are deleted, and those of a part of the run that a resumed one went
+    back behind and has passed. Checkpoints."""
 
     background: bool = False
     """Whether training goes on, from a copy in host memory, while a checkpoint is written; else while it is proven."""
