@@ -159,11 +159,14 @@ def naming_lost_ranks(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
             raise
+        limit = f"{recipe.safety.collective_timeout} s (safety.collective_timeout)"
+        if "timed out" in str(error).lower():
+            said = f"waited in vain for another rank, {limit}; if that one is only slow, as in a save, raise the limit"
+        else:
+            said = "lost the connection to another rank"
         raise LostRankError(
-            f"rank {ranks.rank} waited in vain for another rank (at most safety.collective_timeout, "
-            f"{recipe.safety.collective_timeout} s). Look for what the others said last, for a rank that was killed "
-            "(memory?), for a node or link that is down; if one is only slow, a save or an evaluation, raise "
-            f"safety.collective_timeout. The backend's words: {error}"
+            f"rank {ranks.rank} {said}. Look for what the others said last, for a rank that was killed (memory?), for "
+            f"a node or link that is down. The backend's words: {error}"
         ) from error
 
 

@@ -2,11 +2,13 @@
 
 It imports neither torch nor deepspeed, so it answers at once. `moepp_ds.supervisor` does the rest.
 
-1. Read the recipe: a mistake in it is reported here, once, and not by every rank. It names the run folder.
-2. Each start is `deepspeed LAUNCHER_OPTIONS --module moepp_ds.train RECIPE ARGS`, with what a start must have of its
+1. Read the recipe and the program's arguments: a mistake in them is reported here, once, and not by every rank. The
+   recipe names the run folder.
+2. Take the run's lock: a second supervisor would start again and again what the first one's ranks keep out.
+3. Each start is `deepspeed LAUNCHER_OPTIONS --module moepp_ds.train RECIPE ARGS`, with what a start must have of its
    own: a free port, what to resume, and where several hosts take part the list of them.
 
-Exit code: 0 completed, 75 stopped cleanly and can be resumed, 1 failed.
+Exit code: 0 completed, 75 stopped cleanly and can be resumed, 1 failed or not started, 2 options that are none.
 The ranks find this process's id in the environment as MOEPP_SUPERVISOR_PID, to notice when it is gone.
 """
 
@@ -17,18 +19,26 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
+from data_pipeline.document import DataError
+from data_pipeline.locks import Taken, take
 from moepp_ds.config import Recipe, RecipeError, load_recipe
 from moepp_ds.supervisor.hosts import free_port, own_host, read_hostfile
 from moepp_ds.supervisor.job import Graces
 from moepp_ds.supervisor.restarts import Rules, supervise
 from moepp_ds.supervisor.roll import Place, Roll, RollError, RollRules
 from moepp_ds.supervisor.verdict import FAILED
+from moepp_ds.train_arguments import train_parser
 
 ELSEWHERE = ("--include", "-i", "--exclude", "-e", "--num_nodes", "--num_gpus")
 """Launcher options under which a host's ranks are not its slots."""
+
+HELP = frozenset({"-h", "--help"})
+TRAIN = "moepp_ds.train"
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,8 @@ def parse_launch(argv: Sequence[str]) -> Launch:
     The recipe is the first argument that ends in .yaml or .yml; before it stand options of the `deepspeed`
     launcher and our own, behind it everything the program gets. Raises RecipeError.
     """
+    if HELP.intersection(argv):
+        _own_parser().parse_args(["--help"])
     at = next((i for i, arg in enumerate(argv) if arg.endswith((".yaml", ".yml"))), None)
     if at is None:
         raise RecipeError(
@@ -76,9 +88,15 @@ def parse_launch(argv: Sequence[str]) -> Launch:
             "bash launch/train.sh [launcher options] RECIPE.yaml [--set key=value ...] [--resume auto]"
         )
     own, options = _own_parser().parse_known_args(list(argv[:at]))
-    known, arguments = _program_parser().parse_known_args(list(argv[at + 1 :]))
+    _check_spelling(own, options)
+    known, arguments = train_parser().parse_known_args(list(argv[at:]))
+    if own.program == TRAIN and arguments:
+        raise RecipeError(
+            f"{shlex.join(arguments)}: no arguments of training (--set KEY=VALUE, --run-dir DIR, --resume "
+            "auto|none|PATH); those of the deepspeed launcher stand before the recipe"
+        )
     recipe = load_recipe(argv[at], known.set)
-    run_dir = Path(known.run_dir or Path("runs") / recipe.name)
+    run_dir = known.run_dir or Path("runs") / recipe.name
     arguments += [word for setting in known.set for word in ("--set", setting)]
     arguments += ["--run-dir", str(run_dir)]
     _check_limits(own)
@@ -125,6 +143,15 @@ def _roll_rules(own: argparse.Namespace, options: Sequence[str], recipe: Recipe)
     )
 
 
+def _check_spelling(own: argparse.Namespace, options: Sequence[str]) -> None:
+    """Name an option of ours that is nearly spelt right: the launcher would take it for its own, and print them all."""
+    names = [f"--{name}" for name in vars(own)]
+    for option in options:
+        meant = get_close_matches(option.split("=")[0].replace("-", "_").replace("__", "--", 1), names, cutoff=0.9)
+        if option.startswith("--") and meant:
+            raise RecipeError(f"{option}: no option of this command or the launcher; did you mean {meant[0]}?")
+
+
 def _check_limits(own: argparse.Namespace) -> None:
     for name in ("stop_grace", "exit_grace", "node_wait", "host_silence", "max_restarts"):
         if getattr(own, name) < 0:
@@ -144,14 +171,17 @@ def _own_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/train.sh",
         usage="bash launch/train.sh [launcher options] RECIPE.yaml [program arguments]",
-        description="Train on this host. All other options go to the deepspeed launcher (--num_gpus N, ...).",
+        description="Train on this host, and look after the run. Launcher options are those below and all of the "
+        "deepspeed launcher's (--num_gpus N, --include, ...). Program arguments, behind the recipe: --set KEY=VALUE to "
+        "override a key (a.b=c), --run-dir DIR (runs/<name of the recipe>), --resume auto|none|PATH (none).",
+        epilog="Exit code: 0 completed, 75 stopped cleanly and goes on with --resume auto, 1 failed or not started.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--max_restarts", type=int, default=0, help="restarts in a row without progress (0)")
     add("--stop_grace", type=float, default=600.0, help="seconds to save in when stopped (600)")
     add("--exit_grace", type=float, default=60.0, help="seconds ranks may outlive the first (60)")
-    add("--program", default="moepp_ds.train", help="module every rank runs (moepp_ds.train)")
+    add("--program", default=TRAIN, help=f"module every rank runs ({TRAIN})")
     several = parser.add_argument_group("several hosts, each with its own supervisor")
     add = several.add_argument
     add("--hostfile", "-H", metavar="FILE", help="lines `name slots=8`, read anew at every start")
@@ -165,15 +195,6 @@ def _own_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _program_parser() -> argparse.ArgumentParser:
-    """The arguments of the program that this side must know: where it reports, and what it resumes."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--run-dir")
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--resume", default="none")
-    return parser
-
-
 def _has(options: Sequence[str], *names: str) -> bool:
     return any(option.split("=")[0] in names for option in options)
 
@@ -184,8 +205,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if find_spec("deepspeed") is None:
             raise RecipeError(f"deepspeed is not installed in {sys.executable}; run `. launch/setup_env.sh`")
         launch = parse_launch(sys.argv[1:] if argv is None else argv)
+        lock = _lock(launch)
         roll = Roll(launch.rules.run_dir, launch.roll) if launch.roll is not None else None
-    except (RecipeError, RollError, OSError) as error:
+    except (RecipeError, RollError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
 
@@ -194,7 +216,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[train] {shlex.join(words)}", flush=True)
         return words
 
-    return supervise(launch.rules, command, roll)
+    with lock:
+        return supervise(launch.rules, command, roll)
+
+
+def _lock(launch: Launch) -> IO[bytes]:
+    """The lock of who looks after the run: one supervisor alone, or together those of its hosts."""
+    run_dir = launch.rules.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        return take(run_dir / ".supervisor.lock", shared=launch.roll is not None)
+    except Taken as error:
+        by = error.by or "a supervisor on another host"
+        raise RecipeError(
+            f"{by} looks after {run_dir} already (status.json there says how it stands); stop that one first, or name "
+            "another --run-dir"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -9,20 +9,21 @@ wandb) get the same scalars through it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from data_pipeline.atomic import write_atomically
+from data_pipeline.locks import Taken, take
 from moepp_ds.controller import RoutingState
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.records import Curves, Lines
 from moepp_ds.statistics import RoutingStatistics
+from moepp_ds.status import State, time_now, write_status
 
 
 def layer_metrics(
@@ -101,7 +102,7 @@ class RunFolder:
     tensorboard/     the same as curves
     checkpoints/     see moepp_ds.checkpoint
     log.txt          what was printed
-    status.json      state (running, completed, stopped, failed), step, message, restart: what a supervisor reads
+    status.json      how it stands, see moepp_ds.status
     """
 
     def __init__(self, path: Path, *, tensorboard: bool, resumed_step: int, others: Any = None) -> None:
@@ -132,8 +133,8 @@ class RunFolder:
         self.log(line)
 
     def log(self, line: str) -> None:
-        """Keep in log.txt what is printed elsewhere."""
-        self._log.append(line)
+        """Keep in log.txt what is printed elsewhere, with the time."""
+        self._log.append(f"{time_now()}  {line}")
 
     def record(self, metrics: Mapping[str, Any]) -> None:
         """Append one update's metrics and its curves; the line survives the death of this process from here on.
@@ -160,12 +161,9 @@ class RunFolder:
         if self._curves is not None:
             self._curves.sync(self.step)
 
-    def set_status(self, state: str, *, step: int, message: str = "", restart: bool | None = None) -> None:
-        """Replace status.json. restart: of a run that failed, whether another try may do better."""
-        status: dict[str, Any] = {"state": state, "step": step, "message": message}
-        if restart is not None:
-            status["restart"] = restart
-        write_atomically(self.path / "status.json", (json.dumps(status) + "\n").encode())
+    def set_status(self, state: State, *, step: int, message: str = "", restart: bool | None = None) -> None:
+        """Replace status.json; see `write_status`."""
+        write_status(self.path, state, step=step, message=message, restart=restart)
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -180,16 +178,13 @@ def _points(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     return scalars({key: value for key, value in record.items() if key != "step"})
 
 
-def _lock(path: Path) -> TextIO:
+def _lock(path: Path) -> IO[bytes]:
     """Hold the run folder: two runs that write into one spoil both. The kernel lets go when the process ends."""
-    file = (path / ".lock").open("a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        said = f"another process is training in {path}; wait for it, stop it, or name another --run-dir"
-        raise ValueError(said) from None
-    return file
+        return take(path / ".lock")
+    except Taken as error:
+        by = error.by or "another process"
+        raise ValueError(f"{by} is training in {path}; wait for it, stop it, or name another --run-dir") from None
 
 
 def _keep_until(path: Path, step: int) -> None:

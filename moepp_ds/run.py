@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.row_source import RowSource
 from data_pipeline.stream import HeldOut
-from moepp_ds.agreement import all_or_none
+from moepp_ds.agreement import agreed_message, all_or_none, gather
 from moepp_ds.config import Recipe
 from moepp_ds.controller import RoutingState
 from moepp_ds.engine import Ranks
@@ -20,6 +19,8 @@ from moepp_ds.guard import Guard
 from moepp_ds.model import expert_kinds
 from moepp_ds.monitor import RunFolder, layer_metrics, progress_line
 from moepp_ds.resume import Resumption
+from moepp_ds.status import State, time_now
+from moepp_ds.stop import StopSignal
 from moepp_ds.update import UpdateResult
 
 
@@ -159,7 +160,7 @@ def _unreached_stages(recipe: Recipe, rows: int) -> list[str]:
 def announce(run: Run, progress: Progress, resumption: Resumption, *, resume: str) -> None:
     """Print what runs, the arithmetic of the run and where it begins."""
     ran_by = ", ".join(f"{name} {number}" for name, number in versions().items())
-    run.say(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S %z}  {ran_by}, {run.ranks.world} ranks")
+    run.say(f"{time_now()}  {ran_by}, {run.ranks.world} ranks")
     for line in run.recipe.arithmetic(run.ranks.world):
         run.say(line)
     for line in _data_lines(run):
@@ -180,10 +181,12 @@ def announce(run: Run, progress: Progress, resumption: Resumption, *, resume: st
         run.say(f"resumed with another {change}")
 
 
-def finish(run: Run, progress: Progress) -> None:
+def finish(run: Run, progress: Progress, stop: StopSignal) -> None:
     """The completion marker: what a supervisor trusts rather than exit codes. Collective."""
-    state = "completed" if progress.step >= run.total_steps else "stopped"
+    state: State = "completed" if progress.step >= run.total_steps else "stopped"
+    why = agreed_message(gather(stop.reason)) or "" if state == "stopped" else ""
+    orphaned = state == "stopped" and not any(gather(stop.asked))
     with all_or_none():
         if run.folder:
-            run.folder.set_status(state, step=progress.step)
-    run.say(f"{state} after update {progress.step}: {run.path}")
+            run.folder.set_status(state, step=progress.step, message=why, restart=True if orphaned else None)
+    run.say(f"{state} after update {progress.step}{f' ({why})' if why else ''}: {run.path}")

@@ -13,18 +13,35 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._signalled = False
+        self._signal: signal.Signals | None = None
         self._parent = os.getppid()
         self._supervisor = int(os.environ.get("MOEPP_SUPERVISOR_PID", "0"))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._remember)
 
-    def _remember(self, *_: object) -> None:
-        self._signalled = True
+    def _remember(self, number: int, _: object) -> None:
+        self._signal = self._signal or signal.Signals(number)
+
+    @property
+    def reason(self) -> str | None:
+        """Why this process is to stop, in words; None while it is not.
+
+        Who started it, if gone: that one's end is why a supervisor would send a signal.
+        """
+        if os.getppid() != self._parent:
+            return "its launcher is gone"
+        if not _lives(self._supervisor):
+            return "its supervisor is gone"
+        return self._signal.name if self._signal else None
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal is the reason."""
+        return self._signal is not None and self.reason == self._signal.name
 
     def requested(self) -> bool:
         """True from the first signal on, or once DeepSpeed's launcher or the one of this project is gone."""
-        return self._signalled or os.getppid() != self._parent or not _lives(self._supervisor)
+        return self.reason is not None
 
 
 def _lives(pid: int) -> bool:

@@ -14,7 +14,6 @@ The same module starts under `torchrun` and, as one rank, under plain `python -m
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
@@ -43,7 +42,8 @@ from moepp_ds.resume import Resumption, agree_on_checkpoints
 from moepp_ds.run import Progress, Run, announce, check_rows_drawn, finish, open_folder, record
 from moepp_ds.saves import Saves
 from moepp_ds.stop import StopSignal
-from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD
+from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD, MISSED_ANOTHER
+from moepp_ds.train_arguments import train_parser
 from moepp_ds.update import Incident, UpdateResult, update
 
 GOING_ON = "; to go on past it: --resume auto with safety.non_finite or safety.on_spike skip, within safety.max_skips"
@@ -66,7 +66,7 @@ def train(recipe: Recipe, *, path: Path, resume: str, stop: StopSignal) -> Progr
         with naming_lost_ranks(recipe, ranks):
             announce(run, progress, resumption, resume=resume)
             progress = _loop(run, progress, resumption, stop)
-            finish(run, progress)
+            finish(run, progress, stop)
     except Exception as error:
         if folder:
             folder.log(f"error: {error}")
@@ -253,19 +253,6 @@ def _check_vocabulary(recipe: Recipe, stream: RowSource) -> None:
         )
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; `--local_rank` is what DeepSpeed's launcher adds."""
-    parser = argparse.ArgumentParser(
-        prog="moepp_ds.train", description="Train a MoE++ model from a recipe.", allow_abbrev=False
-    )
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, a.b=c")
-    parser.add_argument("--run-dir", type=Path, help="default: runs/<name of the recipe>")
-    parser.add_argument("--resume", default="none", metavar="auto|none|PATH", help="default: none")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
-
-
 def _environment_number(name: str) -> int:
     return int(os.environ.get(name, "0"))
 
@@ -277,11 +264,15 @@ def _fail(error: Exception, *, says: bool, place: str = "") -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train; 0: completed or stopped cleanly (status.json says which), 78: no other start would help, 1: one may."""
+    """Train; return an exit code.
+
+    0: completed or stopped cleanly, status.json says which. 78: no other start would help. 76: another rank was missed,
+    1: something else; another start may help.
+    """
     stop = StopSignal()
     # DeepSpeed's call, on every rank at every start; nothing a user could do about it
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
-    options = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    options = train_parser().parse_args(arguments)
     try:
         recipe = load_recipe(options.recipe, options.set)
         train(recipe, path=options.run_dir or Path("runs") / recipe.name, resume=options.resume, stop=stop)
@@ -290,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:  # before the ranks have met: once a node
         return _fail(error, says=_environment_number("LOCAL_RANK") == 0)
     except LostRankError as error:
-        return _fail(error, says=True)
+        _fail(error, says=True)
+        return MISSED_ANOTHER
     except DataError as error:  # while training: this rank's alone, the launcher ends the others
         return _fail(error, says=True, place=f"[rank {_environment_number('RANK')}] ")
     return 0

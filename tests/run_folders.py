@@ -34,8 +34,10 @@ def untimed(run: Path) -> list[dict[str, Any]]:
 
 
 def status(run: Path) -> dict[str, Any]:
-    """The completion marker."""
-    return json.loads((run / "status.json").read_text())
+    """The completion marker, without when, where and by whom it was written."""
+    marker = json.loads((run / "status.json").read_text())
+    assert {"time", "host", "pid"} <= marker.keys()
+    return {key: value for key, value in marker.items() if key not in ("time", "host", "pid")}
 
 
 def sets(*settings: str) -> list[str]:

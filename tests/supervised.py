@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -31,8 +32,9 @@ class Running:
 
     def said(self) -> list[str]:
         """The supervisor's own lines, without the run folder and without the commands it started."""
-        head = f"[train] {self.run_dir}: "
-        return [line.removeprefix(head) for line in self.output.splitlines() if line.startswith(head)]
+        head = rf"\[train\] \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{{4}} {re.escape(str(self.run_dir))}: (.*)"
+        found = (re.fullmatch(head, line) for line in self.output.splitlines())
+        return [line[1] for line in found if line]
 
     def living(self) -> list[int]:
         """Ids of processes, the supervisor aside, that have the run folder in their command line."""

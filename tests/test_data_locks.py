@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.document import DataError
-from data_pipeline.locks import at_work, held, is_free
+from data_pipeline.locks import Taken, at_work, held, is_free, take
 
 
 def test_locks(tmp_path: Path) -> None:
@@ -22,6 +23,19 @@ def test_locks(tmp_path: Path) -> None:
     assert is_free(lock)
     with held(lock), pytest.raises(DataError, match="taken"), held(lock, shared=True, refusal="taken"):
         pass
+
+
+def test_a_lock_for_life_names_its_holder(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.write_text("process 1 on a host of the past\n")
+    with take(lock):
+        for shared in (False, True):
+            with pytest.raises(Taken, match=rf"lock is held by process {os.getpid()} on ") as taken:
+                take(lock, shared=shared)
+            assert taken.value.by.startswith(f"process {os.getpid()} on ")
+    with take(lock, shared=True), take(lock, shared=True), pytest.raises(Taken, match="held by another process"):
+        take(lock)
+    assert is_free(lock)
 
 
 def test_work_for_a_dead_build_does_not_begin(tmp_path: Path) -> None:

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
 import pytest
 from supervised import Running, Start, start  # noqa: F401 (a fixture)
 
+from data_pipeline.locks import take
 from moepp_ds.config import RecipeError
 from moepp_ds.launcher import main, parse_launch
 from moepp_ds.supervisor.hosts import Host
@@ -127,6 +129,9 @@ def test_ranks_that_do_not_divide_the_batch_are_found_before_they_start(recipe: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--max-restarts=3", "RECIPE"], "--max-restarts=3: no option of this .* did you mean --max_restarts"),
+        (["RECIPE", "--resum", "auto"], "--resum auto: no arguments of training .*--resume auto|none|PATH"),
+        (["RECIPE", "--num_gpus", "2"], "of the deepspeed launcher stand before the recipe"),
         (["--num_gpus", "2"], r"no recipe among the arguments '--num_gpus 2': one must"),
         (["--no_ssh", "RECIPE"], "--no_ssh starts the ranks of one host of several: add --hostfile FILE --node_rank"),
         (["--node_rank", "1", "RECIPE"], "--node_rank is for hosts that each have a supervisor"),
@@ -155,6 +160,38 @@ def test_a_mistake_in_the_recipe_starts_nothing(recipe: Path, capsys: pytest.Cap
     assert "error: " in shown.err and "did you mean train.max_steps?" in shown.err
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["RECIPE", "--help"]])
+def test_help_needs_no_recipe(recipe: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(recipe) if word == "RECIPE" else word for word in arguments])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(word in shown for word in ("--max_restarts", "--resume auto|none|PATH", "75 stopped", "--num_gpus"))
+
+
+# ---- one supervisor a run
+
+
+def test_a_second_supervisor_is_refused_at_once(
+    recipe: Path, hostfile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It starts nothing, now or later: not even one that is of a host of several."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    of_two_hosts = ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", "0", "--node_wait", "0"]
+    for options in ([], of_two_hosts):
+        with take(run_dir / ".supervisor.lock"):
+            assert main(["--max_restarts", "5", *options, str(recipe), "--run-dir", str(run_dir)]) == FAILED
+        shown = capsys.readouterr()
+        assert f"error: process {os.getpid()} on " in shown.err and f"looks after {run_dir} already" in shown.err
+        assert shown.out == ""
+    with take(run_dir / ".supervisor.lock", shared=True):
+        assert main([str(recipe), "--run-dir", str(run_dir)]) == FAILED
+        assert "a supervisor on another host looks after" in capsys.readouterr().err
+        assert main([*of_two_hosts, str(recipe), "--run-dir", str(run_dir)]) == FAILED
+        assert "waited 0 s in vain for b" in capsys.readouterr().out
+
+
 # ---- the script
 
 
@@ -175,7 +212,7 @@ def train_sh(tmp_path: Path, recipe: Path, start: Start) -> Start:  # noqa: F811
 def test_train_sh_completes(train_sh: Start) -> None:
     run = train_sh(STEPS="5")
     assert run.code() == COMPLETED
-    assert run.output.endswith(f"[train] {run.run_dir}: completed at step 5\n")
+    assert run.said() == ["completed at step 5"]
 
 
 @pytest.mark.dist
@@ -196,7 +233,7 @@ def test_train_sh_reports_a_killed_rank(train_sh: Start) -> None:
     run.until_training()
     os.kill(run.rank_pid(1), signal.SIGKILL)
     assert run.code() == FAILED
-    assert "in state 'running'; rank 1 ended first, killed by signal 9 (SIGKILL)" in run.output.splitlines()[-1]
+    assert re.search(r"failed at step \d+: rank 1 ended first, killed by signal 9 \(SIGKILL\)", run.said()[-1])
     assert run.living() == []
 
 

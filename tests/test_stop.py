@@ -37,14 +37,15 @@ class Asked:
         assert self.started.stdout is not None
         return self.started.stdout.readline()
 
-    def requested(self) -> bool:
+    def reason(self) -> str | None:
         """What the program says now. A signal sent before is handled before it reads the question."""
         assert self.started.stdin is not None
         self.started.stdin.write("?\n")
         self.started.stdin.flush()
-        answer = self._read()
-        assert answer in ("True\n", "False\n"), f"the program ended: {answer!r}"
-        return answer == "True\n"
+        *words, asked, requested = self._read().split()
+        reason = " ".join(words)
+        assert (asked, requested) == (str(reason.startswith("SIG")), str(reason != "None"))
+        return None if reason == "None" else reason
 
 
 Start = Callable[..., Asked]
@@ -68,9 +69,9 @@ def start() -> Iterator[Start]:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_remembered(start: Start, signum: signal.Signals) -> None:
     asked = start()
-    assert not asked.requested()
+    assert asked.reason() is None
     os.kill(asked.pid, signum)
-    assert asked.requested() and asked.requested()
+    assert asked.reason() == signum.name == asked.reason()
 
 
 def test_a_second_signal_does_not_kill(start: Start) -> None:
@@ -78,38 +79,40 @@ def test_a_second_signal_does_not_kill(start: Start) -> None:
     asked = start()
     for signum in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(asked.pid, signum)
-        assert asked.requested()
+        assert asked.reason() == "SIGTERM"
 
 
 def test_the_death_of_its_parent_is_noticed(start: Start) -> None:
     asked = start(CHILD_OF_ANOTHER)
     assert asked.pid != asked.started.pid
-    assert not asked.requested()
+    assert asked.reason() is None
     asked.started.kill()
     asked.started.wait()
-    assert asked.requested()
+    assert asked.reason() == "its launcher is gone"
+    os.kill(asked.pid, signal.SIGTERM)  # as its supervisor then does
+    assert asked.reason() == "its launcher is gone"
 
 
 def test_the_death_of_its_supervisor_is_noticed(start: Start) -> None:
     supervisor = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     asked = start(supervisor=supervisor.pid)
     try:
-        assert not asked.requested()
+        assert asked.reason() is None
     finally:
         supervisor.kill()
         supervisor.communicate()
-    assert asked.requested()
+    assert asked.reason() == "its supervisor is gone"
 
 
 @pytest.mark.parametrize("supervisor", [0, 1], ids=["none", "process 1, which may be another user's"])
 def test_nothing_asks_a_process_that_is_looked_after(start: Start, supervisor: int) -> None:
     asked = start(supervisor=supervisor)
-    assert not any(asked.requested() for _ in range(3))
+    assert [asked.reason() for _ in range(3)] == [None] * 3
 
 
 def test_without_a_supervisor_in_the_environment(start: Start) -> None:
     """As under plain `deepspeed`: the variable is not there at all."""
     asked = start(["env", "-u", "MOEPP_SUPERVISOR_PID", *PROGRAM])
-    assert not asked.requested()
+    assert asked.reason() is None
     os.kill(asked.pid, signal.SIGUSR1)
-    assert asked.requested()
+    assert asked.reason() == "SIGUSR1"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -101,7 +102,7 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace(supervise: Start) -> 
     run.until_training()
     run.process.terminate()
     assert run.code() == FAILED
-    assert "in state 'running' (3 processes did not end in time and were killed)" in run.output
+    assert "how was not seen (3 processes did not end in time and were killed)" in run.output
     assert run.living() == []
 
 
@@ -114,7 +115,10 @@ def test_the_rank_that_died_is_named_and_those_waiting_for_it_are_killed(
     os.kill(run.rank_pid(1), signum)
     assert run.code() == FAILED
     how = f"killed by signal {int(signum)} ({signum.name})"
-    assert re.fullmatch(rf".*in state 'running'; rank 1 ended first, {re.escape(how)} {KILLED}", run.said()[0])
+    assert re.fullmatch(rf"failed at step \d+: rank 1 ended first, {re.escape(how)} {KILLED}", run.said()[0])
+    status = json.loads((run.run_dir / "status.json").read_text())  # rank 0 was killed before it could say so
+    assert (status["state"], status["message"]) == ("failed", f"rank 1 ended first, {how}")
+    assert run.said()[0] in (run.run_dir / "log.txt").read_text()
     assert run.living() == []
 
 
@@ -177,6 +181,21 @@ def test_the_ranks_save_when_the_launcher_alone_is_stopped(supervise: Start) -> 
     assert run.living() == []
 
 
+@pytest.mark.parametrize("max_restarts", [0, 1])
+def test_a_launcher_that_is_killed_is_no_request_to_stop(supervise: Start, max_restarts: int) -> None:
+    """The ranks save; as nobody asked the run to end, it is started again where that is wanted."""
+    run = supervise(max_restarts=max_restarts, SAVE_EVERY="10", STEPS="200")
+    run.until_training()
+    launcher = int(Path(f"/proc/{run.rank_pid(0)}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(launcher, signal.SIGKILL)
+    assert run.code() == (COMPLETED if max_restarts else STOPPED)
+    assert (run.run_dir / "saved0").exists() and (run.run_dir / "saved1").exists()
+    said = [re.sub(r"at step \d+", "at step N", line) for line in run.said()]
+    again = ["restart 1 of at most 1 without progress, in 1 s", "completed at step N"] if max_restarts else []
+    assert said == ["stopped at step N: the deepspeed launcher was killed; continue with --resume auto", *again]
+    assert run.living() == []
+
+
 # ---- start after start
 
 
@@ -192,7 +211,7 @@ def test_a_run_is_started_again_where_its_checkpoint_is(supervise: Start) -> Non
         (run.run_dir / "rank1.pid").unlink()
     assert run.code() == COMPLETED
     said = run.said()
-    named = [re.search(r"; (rank \d) ended first, killed by signal 9 \(SIGKILL\)", line) for line in said[:6:2]]
+    named = [re.search(r": (rank \d) ended first, killed by signal 9 \(SIGKILL\)", line) for line in said[:6:2]]
     assert [found and found[1] for found in named] == ["rank 0", "rank 1", "rank 0"]
     assert said[1::2] == ["restart 1 of at most 1 without progress, in 1 s"] * 3
     assert said[-1] == "completed at step 200"
@@ -242,9 +261,9 @@ def test_another_runs_checkpoint_is_resumed_until_this_one_has_its_own(supervise
 def test_a_run_that_none_refuses_to_touch_is_not_gone_on_with(supervise: Start, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000007\n")
-    run = supervise(max_restarts=5, exit_grace=0, FAIL_AT="1")
+    run = supervise(max_restarts=1, exit_grace=0, FAIL_AT="1")
     assert run.code() == FAILED
-    assert (run.run_dir / "resumed").read_text().split() == ["none"]
+    assert (run.run_dir / "resumed").read_text().split() == ["none", "none"]
 
 
 # The supervisor of host a; `full` below: the attempt's folder cannot be made, as on a full disk.

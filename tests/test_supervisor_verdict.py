@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from moepp_ds.supervisor.job import Ending, RankEnd
@@ -10,7 +12,14 @@ from moepp_ds.supervisor.verdict import COMPLETED, FAILED, STOPPED, Verdict, jud
 
 def ending(**changes: object) -> Ending:
     usual: dict[str, object] = {"launcher_code": 0, "ranks_started": 2, "first_ended": (), "elsewhere": None}
-    return Ending(**{**usual, "stop_asked": False, "killed": 0, **changes})  # type: ignore[arg-type]
+    usual |= {"stop_asked": False, "launcher_killed": False, "killed": 0}
+    return Ending(**{**usual, **changes})  # type: ignore[arg-type]
+
+
+def reason_in(says: str) -> str:
+    """What status.json is to say: the line without the step, and without who was killed for being late."""
+    found = re.fullmatch(r"failed at step 4: (.*?)( \(\d processes .*\))?", says)
+    return found[1] if found else ""
 
 
 RUNNING = {"state": "running", "step": 4}
@@ -56,28 +65,48 @@ RUNNING = {"state": "running", "step": 4}
             "failed at step 4: rank 0 waited in vain; rank 0 ended first, with exit code 1; rank 1 ended first, with "
             "exit code 78",
         ),
+        # who missed another rank is not the cause
+        (
+            ending(first_ended=(RankEnd(0, 76), RankEnd(1, 78)), launcher_code=76),
+            {"state": "failed", "step": 4, "message": "rank 0 lost the connection", "restart": True},
+            FAILED,
+            "failed at step 4: rank 1 ended first, with exit code 78; rank 0 says: rank 0 lost the connection",
+        ),
         (
             ending(first_ended=(RankEnd(1, 78),), launcher_code=78),
             RUNNING,
             FAILED,
-            "failed: ended at step 4 in state 'running'; rank 1 ended first, with exit code 78",
+            "failed at step 4: rank 1 ended first, with exit code 78",
         ),
         (
             ending(launcher_code=78),
             None,
             FAILED,
-            "failed before training began, with code 78; the reason is above",
+            "failed before training began: with code 78; the reason is above",
+        ),
+        (  # argparse's, of options that the program does not know
+            ending(launcher_code=2, first_ended=(RankEnd(0, 2), RankEnd(1, 2))),
+            None,
+            FAILED,
+            "failed before training began: ranks 0, 1 ended first, with exit code 2; the reason is above",
+        ),
+        (
+            ending(launcher_killed=True, stop_asked=True),
+            {"state": "stopped", "step": 8, "message": "SIGTERM"},
+            STOPPED,
+            "stopped at step 8: SIGTERM; continue with --resume auto",
         ),
         (
             ending(stop_asked=True, killed=3),
             RUNNING,
             FAILED,
-            "failed: ended at step 4 in state 'running' (3 processes did not end in time and were killed)",
+            "failed at step 4: it ended in state 'running', and how was not seen (3 processes did not end in time and "
+            "were killed)",
         ),
     ],
 )
 def test_what_is_not_started_again(seen: Ending, status: dict[str, object] | None, code: int, says: str) -> None:
-    assert judge(seen, status) == Verdict(code, says, restart=False)
+    assert judge(seen, status) == Verdict(code, says, restart=False, reason=reason_in(says))
 
 
 @pytest.mark.parametrize(
@@ -87,31 +116,46 @@ def test_what_is_not_started_again(seen: Ending, status: dict[str, object] | Non
         (
             ending(first_ended=(RankEnd(1, None),)),
             RUNNING,
-            "failed: ended at step 4 in state 'running'; rank 1 ended first",
+            "failed at step 4: rank 1 ended first",
         ),
         (
             ending(first_ended=(RankEnd(1, -11),)),
             RUNNING,
-            "failed: ended at step 4 in state 'running'; rank 1 ended first, killed by signal 11 (SIGSEGV)",
+            "failed at step 4: rank 1 ended first, killed by signal 11 (SIGSEGV)",
         ),
         (
             ending(first_ended=(RankEnd(0, 1), RankEnd(1, 1))),
             RUNNING,
-            "failed: ended at step 4 in state 'running'; rank 0 ended first, with exit code 1; "
-            "rank 1 ended first, with exit code 1",
+            "failed at step 4: ranks 0, 1 ended first, with exit code 1",
         ),
         (
             ending(elsewhere="host b: rank 3 ended first", first_ended=(RankEnd(0, 1),)),
             RUNNING,
-            "failed: ended at step 4 in state 'running'; host b: rank 3 ended first",
+            "failed at step 4: host b: rank 3 ended first",
         ),
         (
             ending(launcher_code=1, first_ended=(RankEnd(1, -9),)),
             None,
-            "failed before training began, with code 1; the reason is above; rank 1 ended first, killed by signal 9 "
-            "(SIGKILL)",
+            "failed before training began: rank 1 ended first, killed by signal 9 (SIGKILL); the reason is above",
+        ),
+        (  # all that is left have missed somebody
+            ending(first_ended=(RankEnd(0, 76),)),
+            {"state": "failed", "step": 4, "message": "rank 0 waited in vain"},
+            "failed at step 4: rank 0 waited in vain; rank 0 ended first, as it missed another one",
         ),
     ],
 )
 def test_what_is_started_again(seen: Ending, status: dict[str, object] | None, says: str) -> None:
-    assert judge(seen, status) == Verdict(FAILED, says, restart=True)
+    assert judge(seen, status) == Verdict(FAILED, says, restart=True, reason=reason_in(says))
+
+
+@pytest.mark.parametrize(
+    ("seen", "status", "why"),
+    [
+        (ending(launcher_killed=True), {"message": "SIGTERM"}, "the deepspeed launcher was killed"),
+        (ending(), {"message": "rank 3: its launcher is gone", "restart": True}, "rank 3: its launcher is gone"),
+    ],
+)
+def test_a_stop_that_nobody_asked_for_is_started_again(seen: Ending, status: dict[str, object], why: str) -> None:
+    says = f"stopped at step 8: {why}; continue with --resume auto"
+    assert judge(seen, {"state": "stopped", "step": 8, **status}) == Verdict(STOPPED, says, restart=True)

@@ -102,8 +102,8 @@ def test_stop_signal_saves_on_all_ranks(tmp_path: Path) -> None:
             process.wait()
     said = (tmp_path / "log").read_text()
     assert code == 75, said[-3000:]
-    assert status(run)["state"] == "stopped"
     step = status(run)["step"]
+    assert status(run) == {"state": "stopped", "step": step, "message": "SIGTERM"}
     assert 2 <= step < whole
     assert (run / "checkpoints/latest").read_text() == f"step-{step:08d}\n"
     assert _lines(run / "metrics.jsonl") == step

@@ -57,16 +57,16 @@ class Supervised:
         record = self.path / "metrics.jsonl"
         self.until(lambda: record.exists() and record.read_bytes().count(b"\n") >= 3, 120)
 
-    def check_saved(self) -> None:
-        """Saved after the last update that was recorded, and marked as stopped."""
+    def check_saved(self, why: str) -> None:
+        """Saved after the last update that was recorded, and marked as stopped, which nobody asked for."""
         done = status(self.path)
         step = done["step"]
-        assert done == {"state": "stopped", "step": step, "message": ""}
+        assert done == {"state": "stopped", "step": step, "message": why, "restart": True}
         assert 3 <= step == len(metrics(self.path))
         checkpoint = self.path / "checkpoints" / f"step-{step:08d}"
         assert (self.path / "checkpoints/latest").read_text() == f"{checkpoint.name}\n"
         assert len(list(checkpoint.glob("rank-*-of-00002.safetensors"))) == 2
-        assert f"stopped after update {step}" in self.log.read_text()
+        assert f"stopped after update {step} ({why})" in self.log.read_text()
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_ranks_save_and_stop_when_their_supervisor_is_killed(run: Supervised) ->
     run.supervisor.kill()
     run.supervisor.wait()
     run.until(lambda: not run.living(), 60)
-    run.check_saved()
+    run.check_saved("its supervisor is gone")
 
 
 def test_ranks_save_and_stop_when_deepspeeds_launcher_is_killed(run: Supervised) -> None:
@@ -94,4 +94,4 @@ def test_ranks_save_and_stop_when_deepspeeds_launcher_is_killed(run: Supervised)
     os.kill(parent, signal.SIGKILL)
     assert run.supervisor.wait(120) == 75, run.log.read_text()[-3000:]
     assert run.living() == []
-    run.check_saved()
+    run.check_saved("its launcher is gone")

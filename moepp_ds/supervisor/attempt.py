@@ -1,7 +1,7 @@
 """The files by which hosts agree on one attempt, in the shared run folder. `roll` has the rules.
 
 RUN/.hosts/
-    NAME.lock                 held by the one supervisor of host NAME, with its process id
+    NAME.lock                 held by the one supervisor of host NAME, which is named in it
     attempt-0003/             one start of all ranks, numbered
         beat-NAME             {"port": p}: NAME's supervisor is here; while it lives it counts on in the file's time
         hosts                 the list of those that take part, as a hostfile; closes the attempt to others

@@ -4,7 +4,7 @@
 2. On a stop ask the ranks, and the ranks alone, by SIGTERM, to save and end. Above them stand the `deepspeed` runner,
    which would die and leave everything running, and its child `deepspeed.launcher.launch`, which would give each rank
    30 seconds and then kill it, checkpoint or not.
-3. Ask them, too, when the launcher itself was killed: whoever did that wanted the job to end, and not all ranks see it.
+3. Ask them, too, when the launcher itself was killed: not all ranks see it, and the next start can go on from there.
 4. Remember which rank ended first, and how: the others often end of that.
 5. Wait until the session is empty. Who overstays is killed: `stop_grace` seconds after a stop, or after the launcher
    was killed; `exit_grace` seconds after the first rank ended, the launcher failed, or the attempt ended on another
@@ -90,6 +90,8 @@ class Ending:
     elsewhere: str | None
     """What ended the attempt on another host, if that was seen before a rank ended here."""
     stop_asked: bool
+    launcher_killed: bool
+    """Under living ranks, the launcher or its child, and by no signal that asks to stop."""
     killed: int
     """Processes that did not end by themselves in time."""
 
@@ -111,6 +113,7 @@ class Job:
         self._elsewhere: str | None = None
         self._ending_since: float | None = None
         self._launcher_gone_since: float | None = None
+        self._launcher_killed = False
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> Ending:
         """Start the launcher and wait for the last process; meanwhile pass on a stop, kill who overstays."""
@@ -135,6 +138,7 @@ class Job:
             first_ended=self._with_code_of(code),
             elsewhere=self._elsewhere,
             stop_asked=self._stop.asked,
+            launcher_killed=self._launcher_killed,
             killed=len(self._killed),
         )
 
@@ -143,11 +147,9 @@ class Job:
         for _ in range(GLANCES):
             if not self._first_ended and not self._killed:
                 gone = {pid: rank for pid, rank in self._ranks.items() if has_ended(pid)}
-                ends = [RankEnd(rank, exit_code(pid)) for pid, rank in gone.items()]
-                if ends:
-                    # Of several a killed one is the cause: the others may have died of missing it.
-                    ended = [end for end in ends if (end.code or 0) < 0] or ends
-                    self._first_ended = tuple(sorted(ended, key=lambda end: end.rank))
+                if gone:
+                    ends = (RankEnd(rank, exit_code(pid)) for pid, rank in gone.items())
+                    self._first_ended = tuple(sorted(ends, key=lambda end: end.rank))
                     self._ending_since = self._ending_since or time.monotonic()
             time.sleep(POLL_SECONDS / GLANCES)
 
@@ -156,8 +158,10 @@ class Job:
         # `deepspeed.launcher.launch` was killed under it, and is itself killed by a signal.
         if code > 0:
             self._ending_since = self._ending_since or time.monotonic()
-        else:
-            self._launcher_gone_since = self._launcher_gone_since or time.monotonic()
+        elif self._launcher_gone_since is None:
+            self._launcher_gone_since = time.monotonic()
+            abandoned = any(not has_ended(pid) for pid in self._ranks)
+            self._launcher_killed = abandoned and -code not in STOP_SIGNALS
 
     def _ask_elsewhere(self) -> None:
         trouble = self._trouble()

@@ -5,17 +5,22 @@
 3. After a failure that another start may help: wait 1, 2, 4, ... 60 seconds and start again, from the newest valid
    checkpoint. A failure after progress, a newer step in `latest` or status.json than ever before, is the first one
    again; after `max_restarts` failures in a row without any the run is given up.
+
+What is said of the run is said in its log.txt, too; and of a failed one in status.json, where rank 0 may have known
+nothing of it, or been killed.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moepp_ds.config import RecipeError
+from moepp_ds.status import time_now, write_status
 from moepp_ds.supervisor.attempt import read_record
 from moepp_ds.supervisor.job import Graces, Job, StopRequest
 from moepp_ds.supervisor.roll import Place, Roll, RollError
@@ -52,10 +57,8 @@ def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
     latest = rules.run_dir / "checkpoints" / "latest"
     before, best, failures = stamp(latest), steps_done(rules.run_dir), 0
     resume = rules.resume
-    # `--resume none` is refused where there is a run: to restart that one with `auto` would be to go on with it
-    refused = resume == "none" and (before is not None or (rules.run_dir / "metrics.jsonl").exists())
-    if refused and roll is None:
-        rules = replace(rules, max_restarts=0)
+    # `--resume none` is refused where there is a run, so nothing may start it with `auto`
+    begins = resume == "none" and before is None and not (rules.run_dir / "metrics.jsonl").exists()
     while True:
         verdict = _attempt(rules, command, resume, roll, environment, stop)
         _say(rules, verdict.words)
@@ -70,8 +73,7 @@ def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
         if stop.sleep(pause):
             return _stopped(rules, roll)
         # A checkpoint of another place is where to begin until this run has one of its own.
-        new = rules.resume == "none" and not refused
-        resume = "auto" if new or stamp(latest) != before else rules.resume
+        resume = "auto" if begins or stamp(latest) != before else rules.resume
 
 
 def _attempt(
@@ -94,7 +96,24 @@ def _attempt(
     job = Job(rules.graces, stop, roll.trouble if roll is not None else lambda: None)
     ending = job.run(command(resume, place), environment)
     # A file that an earlier start left does not count.
-    return judge(ending, read_record(status_file) if stamp(status_file) != earlier else None)
+    status = read_record(status_file) if stamp(status_file) != earlier else None
+    verdict = judge(ending, status)
+    if status is not None and verdict.reason and (place is None or place.node_rank == 0):
+        _note_failure(rules.run_dir, status, verdict.reason)
+    return verdict
+
+
+def _note_failure(run_dir: Path, status: Mapping[str, object], reason: str) -> None:
+    """Say in status.json that an attempt failed, and why, now that none of its processes is left."""
+    step, restart = status.get("step"), status.get("restart")
+    with suppress(OSError):  # on a full disk what rank 0 said stays
+        write_status(
+            run_dir,
+            "failed",
+            step=step if isinstance(step, int) else 0,
+            message=reason,
+            restart=restart if isinstance(restart, bool) else None,
+        )
 
 
 def _whether_again(rules: Rules, verdict: Verdict, failures: int, roll: Roll | None) -> Verdict:
@@ -137,4 +156,8 @@ def steps_done(run_dir: Path) -> int:
 
 
 def _say(rules: Rules, words: str) -> None:
-    print(f"[train] {rules.run_dir}: {words}", flush=True)
+    now = time_now()
+    print(f"[train] {now} {rules.run_dir}: {words}", flush=True)
+    # one write, so that it does not tear another host's line; there may be no folder yet, or no room
+    with suppress(OSError), (rules.run_dir / "log.txt").open("ab", buffering=0) as log:
+        log.write(f"{now}  [train] {words}\n".encode())

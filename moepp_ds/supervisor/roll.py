@@ -12,14 +12,13 @@ in own beats, not in seconds: where the file system stalls, a host's own beats s
 
 from __future__ import annotations
 
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.locks import Taken, take
 from moepp_ds.config import RecipeError
 from moepp_ds.supervisor.attempt import Attempt, End, attempts_since, newest_attempt
 from moepp_ds.supervisor.hosts import Host, free_port, read_hostfile
@@ -79,16 +78,10 @@ class Roll:
         self._attempt: Attempt | None = None
         self._since: int | None = None  # the attempt last taken part in, or the first one joined
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._folder / f"{rules.own}.lock").open("a+")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            other = self._lock.read().strip()
-            raise RollError(f"process {other} of host {rules.own} looks after this run already; stop it") from None
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
+            self._lock = take(self._folder / f"{rules.own}.lock")
+        except Taken as error:
+            raise RollError(f"{error.by} looks after this run for host {rules.own} already; stop it") from None
         self._beats = 0
         self._next_beat = self._next_look = 0.0
         self._port = 0

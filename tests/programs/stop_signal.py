@@ -1,4 +1,4 @@
-"""Answers each line on its input with whether it was asked to stop. The first line it prints is its process id."""
+"""Answers each line on its input with why it is to stop, or `None`. The first line it prints is its process id."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def main() -> None:
     stop = StopSignal()
     print(os.getpid(), flush=True)
     while sys.stdin.readline():
-        print(stop.requested(), flush=True)
+        print(stop.reason, stop.asked, stop.requested(), flush=True)
 
 
 if __name__ == "__main__":
