@@ -14,43 +14,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moepp_ds.products import product_dtype
+from moepp_ds.swiglu import swiglu_by_expert
 
 Backend = Literal["auto", "slices", "grouped_mm"]
 
 
-def grouped_product(
-    rows_RX: Tensor, weight_EXO: Tensor, counts: Sequence[int], *, backend: Backend = "auto"
-) -> Tensor:
-    """Multiply consecutive blocks of rows, `counts[e]` of them, by weight e. Returns [R, O] in the dtype of the rows.
-
-    Every expert takes part in the graph, also with no rows, so every expert has a gradient on every rank: DeepSpeed's
-    reduction waits for each parameter.
-
-    backend: `grouped_mm` is one kernel and the fast path on a GPU; on a CPU it is a loop inside, and plain `slices`
-    are as fast and take every dtype. `auto` picks.
-    """
-    if len(counts) != len(weight_EXO) or sum(counts) != len(rows_RX):
+def _check_counts(rows_RX: Tensor, num_experts: int, counts: Sequence[int]) -> None:
+    if len(counts) != num_experts or sum(counts) != len(rows_RX):
         raise ValueError(
-            f"{len(rows_RX)} rows for {len(weight_EXO)} experts, but {len(counts)} counts that sum to {sum(counts)}; "
+            f"{len(rows_RX)} rows for {num_experts} experts, but {len(counts)} counts that sum to {sum(counts)}; "
             "the dispatch plan is not theirs"
         )
-    dtype = product_dtype(rows_RX)
-    if backend == "auto":
-        backend = "grouped_mm" if rows_RX.is_cuda and _is_aligned(rows_RX, weight_EXO) else "slices"
-    if backend == "grouped_mm":
-        ends_E = torch.tensor(counts, device=rows_RX.device).cumsum(0).to(torch.int32)
-        return nn.functional.grouped_mm(rows_RX, weight_EXO, offs=ends_E)
-    blocks = rows_RX.to(dtype).split(list(counts))
-    # unbind, not indexing: the backward of an index writes a zero tensor of the whole weight for each expert.
-    weights = weight_EXO.to(dtype).unbind(0)
-    return torch.cat([block @ weight for block, weight in zip(blocks, weights)]).to(rows_RX.dtype)
 
 
-def _is_aligned(rows_RX: Tensor, weight_EXO: Tensor) -> bool:
+def _is_aligned(dtype: torch.dtype, widths: Sequence[int]) -> bool:
     """grouped_mm takes bf16, fp16 and fp32 with rows of a multiple of 16 bytes."""
-    widths = (rows_RX.shape[-1] * rows_RX.element_size(), weight_EXO.shape[-1] * weight_EXO.element_size())
-    return rows_RX.dtype != torch.float64 and all(width % 16 == 0 for width in widths)
+    return dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
 class FFNExperts(nn.Module):
@@ -65,10 +44,24 @@ class FFNExperts(nn.Module):
         self.down_EFD = nn.Parameter(torch.empty(num_experts, ffn_hidden_size, hidden_size))
 
     def forward(self, rows_RD: Tensor, counts: Sequence[int], *, backend: Backend = "auto") -> Tensor:
-        """Apply expert e to its `counts[e]` consecutive rows; [R, D] in and out."""
-        gate_RF, value_RF = grouped_product(rows_RD, self.gate_up_EDG, counts, backend=backend).chunk(2, dim=-1)
-        hidden_RF = nn.functional.silu(gate_RF) * value_RF
-        return grouped_product(hidden_RF, self.down_EFD, counts, backend=backend)
+        """Apply expert e to its `counts[e]` consecutive rows; [R, D] in and out.
+
+        Every expert takes part in the graph, also with no rows, so every expert has a gradient on every rank:
+        DeepSpeed's reduction waits for each parameter.
+
+        backend: `grouped_mm` is one kernel for all experts and the fast path on a GPU, on a CPU a loop inside;
+        `slices` takes one expert after the other, in every dtype and width. `auto` picks.
+        """
+        _check_counts(rows_RD, len(self.gate_up_EDG), counts)
+        if backend == "auto":
+            widths = (rows_RD.shape[-1], self.down_EFD.shape[1])
+            backend = "grouped_mm" if rows_RD.is_cuda and _is_aligned(rows_RD.dtype, widths) else "slices"
+        if backend == "slices":
+            return swiglu_by_expert(rows_RD, self.gate_up_EDG, self.down_EFD, counts)
+        ends_E = torch.tensor(counts, device=rows_RD.device).cumsum(0).to(torch.int32)
+        product_RG = nn.functional.grouped_mm(rows_RD, self.gate_up_EDG, offs=ends_E)
+        gate_RF, value_RF = product_RG.chunk(2, dim=-1)
+        return nn.functional.grouped_mm(nn.functional.silu(gate_RF) * value_RF, self.down_EFD, offs=ends_E)
 
 
 class ConstantExperts(nn.Module):

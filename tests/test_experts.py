@@ -1,4 +1,4 @@
-"""The experts, against typed-out tensors; the grouped product against a loop over experts."""
+"""The experts, against typed-out tensors and a loop over rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepp_ds.experts import Backend, ConstantExperts, FFNExperts, grouped_product, zero_computation_output
+from moepp_ds.experts import Backend, ConstantExperts, FFNExperts, zero_computation_output
 
 
 def tensor(values: object) -> Tensor:
@@ -26,39 +26,55 @@ def whole_numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32, de
     return torch.randint(-4, 5, shape, generator=generator).to(device, dtype)
 
 
-# the grouped product
+# FFN experts, on every backend
 
 
-def test_consecutive_rows_meet_their_experts_weight() -> None:
-    # Rows 0 and 1 belong to expert 0 (swaps the two), none to expert 1, row 2 to expert 2 (keeps the first,
-    # doubled).
-    weight_EXO = tensor([[[0, 1], [1, 0]], [[9, 9], [9, 9]], [[2, 0], [0, 0]]])
-    out_RO = grouped_product(tensor([[1, 2], [3, 4], [5, 6]]), weight_EXO, [2, 0, 1])
-    equal(out_RO, [[2, 1], [4, 3], [10, 0]])
+def oracle(leaves: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Row by row, in plain differentiable steps. leaves: rows, gate and up, down."""
+    rows_RD, gate_up_EDG, down_EFD = leaves
+    width, out, start = down_EFD.shape[1], [], 0
+    for expert, count in enumerate(counts):
+        for row_D in rows_RD[start : start + count]:
+            product_G = row_D @ gate_up_EDG[expert]
+            gate_F, value_F = product_G[:width], product_G[width:]
+            out.append((gate_F * torch.sigmoid(gate_F) * value_F) @ down_EFD[expert])
+        start += count
+    return torch.stack(out) if out else rows_RD + 0 * (gate_up_EDG.sum() + down_EFD.sum())
 
 
-def check_against_loop(
+LIMITS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest error over the largest number of what is compared; products are summed in fp32 at least."""
+
+
+def check_against_oracle(
     counts: Sequence[int], dtype: torch.dtype, backend: Backend, device: str = "cpu"
 ) -> None:
-    """Values and gradients of whole numbers: exact in any order of summation, and rounded once."""
-    rows_RX = whole_numbers(sum(counts), 8, seed=0, dtype=dtype, device=device).requires_grad_()
-    weight_EXO = whole_numbers(len(counts), 8, 16, seed=1, dtype=dtype, device=device).requires_grad_()
-    grad_RO = whole_numbers(sum(counts), 16, seed=2, dtype=dtype, device=device)
-    out_RO = grouped_product(rows_RX, weight_EXO, counts, backend=backend)
-    out_RO.backward(grad_RO)
-    rows, weights, grads = (t.detach().double() for t in (rows_RX, weight_EXO, grad_RO))
-    expected_RO, expected_rows, expected_weights = [torch.zeros_like(t) for t in (grads, rows, weights)]
-    start = 0
-    for expert, count in enumerate(counts):
-        for r in range(start, start + count):
-            expected_RO[r] = rows[r] @ weights[expert]
-            expected_rows[r] = weights[expert] @ grads[r]
-            expected_weights[expert] += torch.outer(rows[r], grads[r])
-        start += count
-    assert out_RO.dtype == dtype and rows_RX.grad is not None and weight_EXO.grad is not None
-    assert torch.equal(out_RO, expected_RO.to(dtype))
-    assert torch.equal(rows_RX.grad, expected_rows.to(dtype))
-    assert torch.equal(weight_EXO.grad, expected_weights.to(dtype))
+    """Values and gradients, also of experts without rows; all from the same numbers, which `dtype` holds."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    experts = FFNExperts(len(counts), 8, 16).to(device, dtype)
+    for parameter in experts.parameters():
+        parameter.data = numbers(*parameter.shape)
+    rows_RD, grad_RD = numbers(sum(counts), 8).requires_grad_(), numbers(sum(counts), 8)
+    leaves = [rows_RD, experts.gate_up_EDG, experts.down_EFD]
+    # Memory that held NaN a moment ago is what an expert without rows gets, whose gradient nobody writes.
+    for tensor in leaves:
+        torch.full_like(tensor, torch.nan)
+    out_RD = experts(rows_RD, counts, backend=backend)
+    out_RD.backward(grad_RD)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected_RD = oracle(wide, counts)
+    expected_RD.backward(grad_RD.double())
+    with torch.no_grad():
+        assert torch.equal(experts(rows_RD, counts, backend=backend), out_RD)
+    assert out_RD.dtype == dtype
+    for found, expected in [(out_RD, expected_RD), *((leaf.grad, like.grad) for leaf, like in zip(leaves, wide))]:
+        assert found is not None and expected is not None and found.shape == expected.shape
+        largest = float(expected.detach().abs().max()) if expected.numel() else 0.0
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=LIMITS[dtype] * largest)
 
 
 COUNTS = [(3, 1, 2), (2, 0, 3), (0, 0, 4), (5, 0, 0), (0, 0, 0), (4,), (0,)]
@@ -78,46 +94,52 @@ COUNTS = [(3, 1, 2), (2, 0, 3), (0, 0, 4), (5, 0, 0), (0, 0, 0), (4,), (0,)]
     ],
     ids=str,
 )
-def test_every_backend_is_the_loop(counts: Sequence[int], backend: Backend, dtype: torch.dtype) -> None:
-    # Experts without rows included: their gradient is zero and not missing, also when no expert has any.
-    check_against_loop(counts, dtype, backend)
+def test_every_backend_is_the_oracle(counts: Sequence[int], backend: Backend, dtype: torch.dtype) -> None:
+    check_against_oracle(counts, dtype, backend)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "slices"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_backend_that_a_gpu_picks_is_the_loop(counts: Sequence[int], dtype: torch.dtype) -> None:
-    # Memory that held NaN a moment ago is what a kernel gets that leaves the gradient of an idle expert
-    # unwritten.
-    for elements in (8 * 16 * len(counts), 8 * sum(counts), 16 * sum(counts)):
-        torch.full((elements,), torch.nan, dtype=dtype, device="cuda")
-    check_against_loop(counts, dtype, "auto", device="cuda")
+def test_every_backend_is_the_oracle_on_a_gpu(
+    counts: Sequence[int], backend: Backend, dtype: torch.dtype
+) -> None:
+    check_against_oracle(counts, dtype, backend, device="cuda")
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_widths_that_grouped_mm_refuses_are_multiplied_all_the_same(dtype: torch.dtype, device: str) -> None:
     # Rows of 3 and of 5 numbers are no multiple of 16 bytes.
-    rows_RX = whole_numbers(4, 3, seed=0, dtype=dtype)
-    weight_EXO = whole_numbers(2, 3, 5, seed=1, dtype=dtype)
-    expected_RO = torch.stack([rows_RX[r].float() @ weight_EXO[int(r > 0)].float() for r in range(4)])
-    out_RO = grouped_product(rows_RX.to(device), weight_EXO.to(device), [1, 3])
-    assert torch.equal(out_RO.cpu(), expected_RO.to(dtype))
+    experts = FFNExperts(2, 3, 5).to(device, dtype)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    rows_RD = torch.randn(4, 3, device=device).to(dtype)
+    expected_RD = oracle([leaf.double() for leaf in (rows_RD, *experts.parameters())], [1, 3])
+    assert (experts(rows_RD, [1, 3]) - expected_RD).abs().max() < 1e-2 * expected_RD.abs().max()
+
+
+@pytest.mark.parametrize("frozen", ["rows", "gate_up_EDG", "down_EFD"])
+def test_what_needs_no_gradient_gets_none(frozen: str) -> None:
+    experts, rows_RD = two_ffn_experts(), torch.ones(3, 2, dtype=torch.float64, requires_grad=frozen != "rows")
+    if frozen != "rows":
+        getattr(experts, frozen).requires_grad_(False)
+    experts(rows_RD, [1, 2]).sum().backward()
+    leaves = {"rows": rows_RD, **dict(experts.named_parameters())}
+    assert [name for name, leaf in leaves.items() if leaf.grad is None] == [frozen]
 
 
 @pytest.mark.parametrize("backend", ["slices", "grouped_mm"])
 def test_counts_that_are_not_for_these_rows_and_experts_are_refused(backend: Backend) -> None:
-    rows_RX, weight_EXO = torch.zeros(5, 8), torch.zeros(3, 8, 8)
+    rows_RD, experts = torch.zeros(5, 8), FFNExperts(3, 8, 8)
     with pytest.raises(ValueError, match="5 rows for 3 experts, but 3 counts that sum to 4; the dispatch"):
-        grouped_product(rows_RX, weight_EXO, [1, 1, 2], backend=backend)
+        experts(rows_RD, [1, 1, 2], backend=backend)
     # Two counts for three experts would leave the third without a gradient, four would lose rows.
     with pytest.raises(ValueError, match="5 rows for 3 experts, but 2 counts that sum to 5"):
-        grouped_product(rows_RX, weight_EXO, [2, 3], backend=backend)
+        experts(rows_RD, [2, 3], backend=backend)
     with pytest.raises(ValueError, match="5 rows for 3 experts, but 4 counts that sum to 5"):
-        grouped_product(rows_RX, weight_EXO, [2, 1, 1, 1], backend=backend)
-
-
-# FFN experts
+        experts(rows_RD, [2, 1, 1, 1], backend=backend)
 
 
 def two_ffn_experts() -> FFNExperts:
