@@ -20,6 +20,7 @@ from moepp_ds.losses import Balance, balance_loss, normalized_balance, z_loss
 from moepp_ds.products import linear
 from moepp_ds.router import Router, RouterSettings, Routing
 from moepp_ds.statistics import RoutingStatistics, first_choices, routing_statistics
+from moepp_ds.token_rows import list_rows
 
 
 class Parcel(Protocol):
@@ -208,15 +209,14 @@ class MoELayer(nn.Module):
         """Steps 3 and 4 on a routing that is already decided: the output for x_TD."""
         scale = self.settings.expert_input_scale
         input_TD = x_TD if scale == 1 else x_TD * scale
-        rows_token_R = token_N[plan.order_R]
-        parcel = self.exchange.send(input_TD.index_select(0, rows_token_R), plan.ffn_counts)
+        rows = list_rows(token_N[plan.order_R], len(x_TD))
+        parcel = self.exchange.send(rows.take(input_TD), plan.ffn_counts)
         output_TD = self._zero_computation(input_TD, gate_N * plan.kept_N, token_N, expert_N)
         if self.shared is not None:
             output_TD = output_TD + self._shared(x_TD)
         rows_QD, counts = parcel.receive()
         result_RD = parcel.give_back(self.experts(rows_QD, counts))
-        gate_R1 = gate_N[plan.order_R].unsqueeze(-1)
-        return output_TD.index_add(0, rows_token_R, (gate_R1 * result_RD).to(x_TD.dtype))
+        return (rows.combine(result_RD, gate_N[plan.order_R]) + output_TD).to(x_TD.dtype)
 
     def _zero_computation(self, x_TD: Tensor, gate_N: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:
         if not self.kinds.num_copy and not self.kinds.num_constant:
