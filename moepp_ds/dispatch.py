@@ -19,6 +19,14 @@ from torch import Tensor
 
 DropPolicy = Literal["probability", "position", "rank"]
 
+SAME_PROBABILITY = 2.0**-20
+"""Assignments of one expert whose probabilities round to the same multiple of this are a tie.
+
+Tokens of the same word in the same context have the same probability but for the rounding of the products before the
+router, which depends on where in them a row lies. Without a common step that rounding alone would say who gets the
+last seat, and a run would differ between layouts and machines.
+"""
+
 
 @dataclass(frozen=True)
 class DispatchPlan:
@@ -52,7 +60,8 @@ def plan_dispatch(
 
     capacity_E: seats per expert, or None for dropless (MoE++ eq 8 is worked out by the recipe, not here).
     drop_policy: a full expert keeps its most probable assignments (`probability`), those of the earliest tokens
-    (`position`), or those of lowest rank and of them the most probable (`rank`). Ties: the earlier token.
+    (`position`), or those of lowest rank and of them the most probable (`rank`). Ties (SAME_PROBABILITY): the earlier
+    token.
     """
     wanted_E = count_by(expert_N, num_experts)
     if capacity_E is None:
@@ -62,7 +71,7 @@ def plan_dispatch(
         kept_E = torch.minimum(wanted_E, seats_E)
         keys: list[Tensor] = []  # what an expert sorts its wishes by, the last first
         if drop_policy != "position":
-            keys.append(-probability_N)
+            keys.append(-torch.round(probability_N / SAME_PROBABILITY))
         if drop_policy == "rank":
             keys.append(rank_N)
         queue_N = _sorted_by([*keys, expert_N])

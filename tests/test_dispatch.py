@@ -105,6 +105,18 @@ def test_of_equal_probabilities_the_earlier_token_stays() -> None:
     assert plan([0] * 5, [0.1, 0.4, 0.4, 0.9, 0.4], capacity_E=[3, 1, 1]).order_R.tolist() == [1, 2, 3]
 
 
+def test_a_rounding_is_no_reason_to_lose_a_seat() -> None:
+    """Of tokens that differ in the last bit of their probability the earlier one stays; a real difference counts."""
+    policies: tuple[DropPolicy, ...] = ("probability", "rank")
+    for drop_policy in policies:
+        for probability in (0.125, 0.3, 0.7):
+            larger = torch.nextafter(torch.tensor(probability), torch.tensor(1.0)).item()
+            made = plan([0, 0], [probability, larger], capacity_E=[1, 1, 1], drop_policy=drop_policy)
+            assert made.kept_N.tolist() == [True, False]
+            made = plan([0, 0], [probability, probability + 1e-5], capacity_E=[1, 1, 1], drop_policy=drop_policy)
+            assert made.kept_N.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("drop_policy", ["probability", "position", "rank"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_ties_by_the_thousand_too(device: str, drop_policy: DropPolicy) -> None:
