@@ -14,6 +14,7 @@ The same module starts under `torchrun` and, as one rank, under plain `python -m
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -21,7 +22,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -36,7 +37,7 @@ from moepp_ds.consistency import check_consistency
 from moepp_ds.controller import RoutingState, next_state, restored_state
 from moepp_ds.engine import LostRankError, Ranks, build_engine, join_ranks, naming_lost_ranks
 from moepp_ds.evaluate import Score, evaluate
-from moepp_ds.guard import restored_guard
+from moepp_ds.guard import going_on, restored_guard
 from moepp_ds.replay_rows import Facts, rows_folder, write_rows
 from moepp_ds.resume import Resumption, agree_on_checkpoints
 from moepp_ds.run import Progress, Run, announce, check_rows_drawn, finish, open_folder, record
@@ -45,8 +46,6 @@ from moepp_ds.stop import StopSignal
 from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD, MISSED_ANOTHER
 from moepp_ds.train_arguments import train_parser
 from moepp_ds.update import Incident, UpdateResult, update
-
-GOING_ON = "; to go on past it: --resume auto with safety.non_finite or safety.on_spike skip, within safety.max_skips"
 
 
 class BadUpdate(FinalError):
@@ -101,7 +100,9 @@ def _begin(recipe: Recipe, ranks: Ranks, path: Path, resume: str) -> tuple[Run, 
     routing = restored_state(index.get("routing"), recipe.model.moe, recipe.model.num_moe_layers)
     progress = Progress(index["step"], routing, restored_guard(index.get("guard")))
     with all_or_none():
-        folder = open_folder(recipe, ds_config, path, progress, engine) if ranks.is_first else None
+        folder = None
+        if ranks.is_first:
+            folder = open_folder(recipe, ds_config, path, progress, engine, checkpoint=resumption.checkpoint)
     run = Run(recipe, ranks, engine, stream, held_out, path, folder, index.get("origin"), total_steps)
     return run, progress, resumption
 
@@ -130,7 +131,8 @@ def _loop(run: Run, progress: Progress, resumption: Resumption, stop: StopSignal
             if result.incident is not None:
                 told = _keep_rows(run, progress, result.incident, result.loss, batches)
                 if result.incident.action == "stop":
-                    raise BadUpdate(told + GOING_ON + _saved_before(saves, progress, loader.state(steps_back=1)))
+                    told += going_on(result.incident.kind, progress.guard, recipe.safety, run.path)
+                    raise BadUpdate(told + _saved_before(saves, progress, loader.state(steps_back=1)))
                 run.say(f"warning: {told}")
             progress = _after(recipe, progress, result)
             check_rows_drawn(run, result, progress.step)
@@ -288,5 +290,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _leave(code: int) -> NoReturn:
+    """End this process without taking the interpreter apart.
+
+    Gloo's threads outlive their groups, to which DeepSpeed holds on. One that lets go of a tensor late, when there is
+    no interpreter any more, ends a rank whose run is complete with SIGABRT (pytorch/pytorch#179291).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -7,7 +7,7 @@ STEPS    how many steps of 20 ms the run has (default: without end)
 SAVING   seconds that saving takes after SIGTERM or SIGUSR1 (default 1)
 DEAF     when set, ignore both
 SAVE_EVERY      steps between checkpoints, of which there is only the file `latest`; a resumed run goes on from it
-FAIL_AT         the step at which rank 0 fails; FAIL_FOR_GOOD says that another start would fail as well
+FAIL_AT         the steps at which rank 0 fails; FAIL_FOR_GOOD says that another start would fail as well
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> int:
     if rank == 0:
         with (args.run_dir / "resumed").open("a") as resumed:
             resumed.write(f"{args.resume}\n")
-    save_every, fail_at = (int(os.environ.get(name, "0")) for name in ("SAVE_EVERY", "FAIL_AT"))
+    save_every, fail_at = int(os.environ.get("SAVE_EVERY", "0")), os.environ.get("FAIL_AT", "").split()
     step = int(latest.read_text().removeprefix("step-")) if args.resume == "auto" and latest.exists() else 0
     write_status("running", step)
     while step < steps:
@@ -60,7 +60,7 @@ def main() -> int:
             latest.parent.mkdir(exist_ok=True)
             latest.with_suffix(".new").write_text(f"step-{step:08d}\n")
             latest.with_suffix(".new").replace(latest)
-        if rank == 0 and step == fail_at:
+        if rank == 0 and str(step) in fail_at:
             for_good = {"restart": False} if "FAIL_FOR_GOOD" in os.environ else {}
             write_status("failed", step, **{**for_good, "message": "as it was told"})
             return 1

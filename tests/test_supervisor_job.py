@@ -258,6 +258,15 @@ def test_another_runs_checkpoint_is_resumed_until_this_one_has_its_own(supervise
     assert (run.run_dir / "resumed").read_text().split() == ["elsewhere/step-3", "auto"]
 
 
+def test_a_run_that_goes_back_makes_progress_from_there(supervise: Start, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000100\n")
+    kept = {"SAVE_EVERY": "10", "FAIL_AT": "10 20 30", "STEPS": "40"}  # each failure comes right after a save
+    run = supervise(max_restarts=1, exit_grace=0, resume="earlier/step-0", **kept)
+    assert run.code() == COMPLETED, run.output
+    assert (run.run_dir / "resumed").read_text().split() == ["earlier/step-0", "auto", "auto", "auto"]
+
+
 def test_a_run_that_none_refuses_to_touch_is_not_gone_on_with(supervise: Start, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000007\n")

@@ -4,7 +4,8 @@
 2. Run the ranks to their end (`job`), and judge it (`verdict`).
 3. After a failure that another start may help: wait 1, 2, 4, ... 60 seconds and start again, from the newest valid
    checkpoint. A failure after progress, a newer step in `latest` or status.json than ever before, is the first one
-   again; after `max_restarts` failures in a row without any the run is given up.
+   again; after `max_restarts` failures in a row without any the run is given up. A run that was told to go back to an
+   earlier checkpoint counts from there.
 
 What is said of the run is said in its log.txt, too; and of a failed one in status.json, where rank 0 may have known
 nothing of it, or been killed.
@@ -62,7 +63,9 @@ def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
     while True:
         verdict = _attempt(rules, command, resume, roll, environment, stop)
         _say(rules, verdict.words)
-        done = steps_done(rules.run_dir)
+        done, has_moved = steps_done(rules.run_dir), stamp(latest) != before
+        if resume not in ("auto", "none") and has_moved:  # it went on from where it was told to
+            best = 0
         failures = 1 if done > best else failures + 1
         best = max(best, done)
         verdict = _whether_again(rules, verdict, failures, roll)
@@ -73,7 +76,7 @@ def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
         if stop.sleep(pause):
             return _stopped(rules, roll)
         # A checkpoint of another place is where to begin until this run has one of its own.
-        resume = "auto" if begins or stamp(latest) != before else rules.resume
+        resume = "auto" if begins or has_moved else rules.resume
 
 
 def _attempt(
@@ -105,13 +108,14 @@ def _attempt(
 
 def _note_failure(run_dir: Path, status: Mapping[str, object], reason: str) -> None:
     """Say in status.json that an attempt failed, and why, now that none of its processes is left."""
-    step, restart = status.get("step"), status.get("restart")
+    step, checkpoint, restart = (status.get(key) for key in ("step", "checkpoint", "restart"))
     with suppress(OSError):  # on a full disk what rank 0 said stays
         write_status(
             run_dir,
             "failed",
             step=step if isinstance(step, int) else 0,
             message=reason,
+            checkpoint=checkpoint if isinstance(checkpoint, str) else None,
             restart=restart if isinstance(restart, bool) else None,
         )
 

@@ -54,7 +54,7 @@ def judge(ending: Ending, status: Mapping[str, object] | None) -> Verdict:
             return Verdict(FAILED, words)
         words = cause or f"with code {ending.launcher_code}"
         return Verdict(FAILED, f"failed before training began: {words}; the reason is above{late}", restart=again)
-    state, step, message = status.get("state"), status.get("step"), status.get("message") or ""
+    state, step, message = status.get("state"), status.get("step"), str(status.get("message") or "")
     told = f": {message}" if message else ""
     if state == "completed":
         return Verdict(COMPLETED, f"completed at step {step}{told}{late}")
