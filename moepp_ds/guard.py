@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -85,10 +86,30 @@ def judge_gradients(guard: Guard, safety: SafetyConfig) -> Verdict:
 def _refuse(
     guard: Guard, safety: SafetyConfig, kind: Kind, reason: str, *, bound: float = math.inf
 ) -> Verdict:
-    asked, key = (safety.on_spike, "on_spike") if kind == "spike" else (safety.non_finite, "non_finite")
+    asked, key = _asked(kind, safety)
     if asked == "stop":
         return Verdict("stop", guard, kind, reason, bound)
     if guard.skipped >= safety.max_skips:
         over = f"; safety.{key} would skip it, but {guard.skipped} were skipped already (safety.max_skips)"
         return Verdict("stop", guard, kind, reason + over, bound)
     return Verdict("skip", replace(guard, skipped=guard.skipped + 1), kind, reason, bound)
+
+
+def _asked(kind: Kind, safety: SafetyConfig) -> tuple[Literal["stop", "skip"], str]:
+    """What the recipe says of a kind of bad update, and in which key of `safety`."""
+    return (safety.on_spike, "on_spike") if kind == "spike" else (safety.non_finite, "non_finite")
+
+
+def going_on(kind: Kind, guard: Guard, safety: SafetyConfig, run_dir: Path) -> str:
+    """How a run goes on that stopped at a bad update, in words for its end. guard: that before the update."""
+    asked, key = _asked(kind, safety)
+    settings = [] if asked == "skip" else [f"safety.{key}=skip"]
+    if guard.skipped >= safety.max_skips:
+        settings.append(f"safety.max_skips={guard.skipped + 1} or more (now {safety.max_skips}, all used)")
+    back = ""
+    if guard.skipped:
+        back = (
+            "; if it is the run that went wrong, and not the data, go back: --resume PATH of a checkpoint before "
+            f"(moepp checkpoint list {run_dir})"
+        )
+    return f"; to go on past it: --resume auto with {' and '.join(f'--set {one}' for one in settings)}{back}"

@@ -26,6 +26,7 @@ from typing import IO
 
 from data_pipeline.document import DataError
 from data_pipeline.locks import Taken, take
+from moepp_ds.checkpoint.choices import check_resume_word
 from moepp_ds.config import Recipe, RecipeError, load_recipe
 from moepp_ds.supervisor.hosts import free_port, own_host, read_hostfile
 from moepp_ds.supervisor.job import Graces
@@ -97,6 +98,7 @@ def parse_launch(argv: Sequence[str]) -> Launch:
         )
     recipe = load_recipe(argv[at], known.set)
     run_dir = known.run_dir or Path("runs") / recipe.name
+    check_resume_word(run_dir, known.resume)
     arguments += [word for setting in known.set for word in ("--set", setting)]
     arguments += ["--run-dir", str(run_dir)]
     _check_limits(own)

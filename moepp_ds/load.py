@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from data_pipeline import feed
 from data_pipeline.document import DataError
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from moepp_ds.checkpoint import CheckpointError
-from moepp_ds.checkpoint.files import find_checkpoint, shape_differences
+from moepp_ds.checkpoint.choices import find_choices
+from moepp_ds.checkpoint.files import shape_differences
 from moepp_ds.checkpoint.shapes import global_shapes
 from moepp_ds.checkpoint.weights import WeightReader
 from moepp_ds.config import Recipe, RecipeError
@@ -114,19 +116,11 @@ def default_device() -> torch.device:
 
 
 def choose_folder(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest one of a run's folder or of its checkpoints' folder."""
-    if (path / "index.json").exists():
-        return path
-    for root in (path, path / "checkpoints"):
-        found = find_checkpoint(root)
-        if found is not None:
-            return found
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist; name a checkpoint's folder, or a run's such as runs/NAME")
-    raise CheckpointError(
-        f"{path} is no checkpoint: it holds neither index.json nor a file `latest`, and no checkpoints/latest; name a "
-        "checkpoint's folder, or a run's such as runs/NAME"
-    )
+    """The checkpoint that `path` means, as `--resume` would find it; warns of newer ones that are passed over."""
+    found = find_choices(path)
+    for line in found.passed_over:
+        warnings.warn(f"a newer checkpoint is passed over: {line}", stacklevel=2)
+    return found.folders[0]
 
 
 def checked_recipe(index: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> Recipe:

@@ -115,6 +115,7 @@ class RunFolder:
         self._lock = _lock(path)
         self._others = others if others is not None and others.enabled else None
         self.step = resumed_step  # the last update that was recorded
+        self.checkpoint: Path | None = None  # the one that the run stands on
         self._log = Lines(path / "log.txt")
         _keep_until(path / "metrics.jsonl", resumed_step)
         self._metrics = Lines(path / "metrics.jsonl")
@@ -163,7 +164,8 @@ class RunFolder:
 
     def set_status(self, state: State, *, step: int, message: str = "", restart: bool | None = None) -> None:
         """Replace status.json; see `write_status`."""
-        write_status(self.path, state, step=step, message=message, restart=restart)
+        checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+        write_status(self.path, state, step=step, message=message, checkpoint=checkpoint, restart=restart)
 
     def close(self) -> None:
         """Flush and close every file."""

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 class Lines:
@@ -63,7 +67,11 @@ class Lines:
 
 
 class Curves:
-    """TensorBoard's files of a run, drawn anew from its metrics where writing them has failed.
+    """TensorBoard's file of a run. What it misses for want of room is drawn from the run's metrics once there is some.
+
+    Written here and now, an event for each update: SummaryWriter's thread prints a traceback for each write that a full
+    disk refuses, and takes what it had with it. An event that was cut off is completed first when there is room;
+    TensorBoard waits for its end.
 
     points: the (name, number) pairs of a metrics record.
     """
@@ -72,58 +80,67 @@ class Curves:
         self, folder: Path, metrics: Lines, *, resumed_step: int, points: Callable[[Mapping[str, Any]], Sequence]
     ) -> None:
         self._folder, self._metrics, self._points = folder, metrics, points
-        self._sure = resumed_step  # the last update whose points are known to be written
-        self._writer: SummaryWriter | None = None
-        self._open()
-
-    def _open(self) -> None:
-        self._writer = SummaryWriter(str(self._folder), purge_step=self._sure + 1, flush_secs=10)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab", buffering=0)
+        # What an earlier start has drawn after this update is not shown any more.
+        purge = Event(step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._waiting = _framed(Event(file_version="brain.Event:2")) + _framed(purge)
+        self._drawn = resumed_step
+        self._behind = self._told = False
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Draw one update, and those before it that could not be drawn."""
+        if self._behind:
+            self.sync(record["step"])
+            return
         try:
-            if self._writer is None:
-                self._draw_again()
-            else:
-                self._draw(record)
+            self._draw(record)
         except OSError as error:
-            self._give_up(error)
+            self._wait(error)
 
     def _draw(self, record: Mapping[str, Any]) -> None:
-        assert self._writer is not None
-        for name, number in self._points(record):
-            self._writer.add_scalar(name, number, record["step"])
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in self._points(record)]
+        self._waiting += _framed(Event(step=record["step"], summary=Summary(value=values)))
+        self._drawn = record["step"]
+        self._write()
 
-    def _draw_again(self) -> None:
-        if self._metrics.waiting:
-            return  # the disk is as full as it was
-        self._open()
-        with self._metrics.path.open("rb") as lines:
-            for line in lines:
-                record = json.loads(line)
-                if record["step"] > self._sure:
-                    self._draw(record)
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
-    def _give_up(self, error: OSError) -> None:
-        writer, self._writer = self._writer, None
-        warnings.warn(f"{self._folder}: {error}; the curves are drawn when there is room on its disk", stacklevel=3)
-        if writer is not None:
-            with suppress(OSError):
-                writer.close()
+    def _wait(self, error: OSError) -> None:
+        self._behind = True
+        if not self._told:
+            self._told = True
+            said = f"{self._folder}: {error.strerror}; the curves are drawn when there is room on its disk"
+            warnings.warn(said, stacklevel=3)
 
     def sync(self, step: int) -> None:
         """Have the points up to update `step` written, if the disk lets them."""
+        if not self._behind or self._metrics.waiting:  # the record comes first, and what is drawn is read from it
+            return
         try:
-            if self._writer is None:
-                self._draw_again()
-            if self._writer is not None:
-                self._writer.flush()
-                self._sure = step
+            self._write()
+            if self._drawn < step:
+                with self._metrics.path.open("rb") as lines:
+                    for line in lines:
+                        record = json.loads(line)
+                        if record["step"] > self._drawn:
+                            self._draw(record)
+            self._behind = self._told = False
         except OSError as error:
-            self._give_up(error)
+            self._wait(error)
 
     def close(self, step: int) -> None:
         """Write what is left, and close."""
         self.sync(step)
-        if self._writer is not None:
-            self._writer.close()
+        self._file.close()
+
+
+def _framed(event: Event) -> bytes:
+    """An event of now as TensorBoard's files have it, with its length and checksums."""
+    event.wall_time = time.time()
+    frame = BytesIO()
+    RecordWriter(frame).write(event.SerializeToString())
+    return frame.getvalue()

@@ -87,6 +87,8 @@ def replay(run_dir: Path, step: int, *, device: torch.device, checkpoint: Path |
     checkpoint: folder of the weights; default: the run's newest from before the update.
     Raises DataError where its rows are missing or damaged, CheckpointError and RecipeError as loading a model does.
     """
+    if not run_dir.is_dir():
+        raise DataError(f"{run_dir} is no folder; name a run's, such as runs/NAME")
     facts = read_facts(run_dir, step)
     recipe = stored_recipe(facts.recipe, place=f"recipe of update {step} of {run_dir}")
     batches = read_batches(

@@ -7,71 +7,115 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.document import DataError
 from data_pipeline.loader import check_position
 from data_pipeline.row_source import Rows
 from data_pipeline.weights import as_written
 from moepp_ds.agreement import all_or_none, gather
+from moepp_ds.checkpoint.choices import Choices, check_resume_word, choices_under, find_choices, step_folders
+from moepp_ds.checkpoint.chunks import ANOTHER
 from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from moepp_ds.checkpoint.files import candidates, read_index, step_of
+from moepp_ds.checkpoint.files import candidates, is_named_by_step, read_index, step_of
 from moepp_ds.checkpoint.live import load_checkpoint
 from moepp_ds.config import Recipe, RecipeError
 from moepp_ds.config.stored import dotted, stored_recipe
 from moepp_ds.engine import Ranks
+from moepp_ds.supervisor.attempt import read_record
 
 FIXED_AT_RESUME = ("train.batch_tokens", "train.micro_batch_size")
 """Keys beside the model's that a resumed run must keep: capacity and balance are counted over micro batches."""
 
 
-def agree_on_checkpoints(path: Path, resume: str, ranks: Ranks) -> list[Path]:
+def agree_on_checkpoints(path: Path, resume: str, ranks: Ranks) -> Choices:
     """The checkpoints that the first rank finds, for all: folders on a network may look older from elsewhere."""
-    found: list[Path] = []
+    found = Choices()
     with all_or_none():
         if ranks.is_first:
             found = choose_checkpoints(path, resume)
     return gather(found)[0]
 
 
-def choose_checkpoints(path: Path, resume: str) -> list[Path]:
-    """Where to go on, as --resume says: the best first, then those that would do if it is damaged.
+def choose_checkpoints(path: Path, resume: str) -> Choices:
+    """Where to go on, as --resume says. None for a new run.
 
-    Empty for a new run. Refuses what would overwrite the record of another run.
+    Refuses what would overwrite the record of another run, or of this one, whose checkpoints are gone.
     """
-    checkpoints = path / "checkpoints"
-    own = candidates(checkpoints)
+    check_resume_word(path, resume)
+    own = choices_under(path / "checkpoints")
     if resume == "none":
-        if own or (path / "metrics.jsonl").exists():
+        if own.folders or (path / "metrics.jsonl").exists():
             raise RecipeError(f"{path} already holds a run; continue it with --resume auto, or name another --run-dir")
-        return []
+        return Choices()
     if resume == "auto":
-        if not own and (checkpoints / "latest").exists():
+        lost = None if own.folders else what_was_lost(path)
+        if lost:
             raise RecipeError(
-                f"{checkpoints} holds no checkpoint, and its `latest` says that there was one: the run would start "
-                "over; look for the folder it names, also as a hidden .step-*, or name another --run-dir"
+                f"{path / 'checkpoints'} holds no checkpoint that is whole, and there was one: {lost}. The run would "
+                "start over at update 1; bring it back (a disk that is not mounted? a copy? a hidden .step-*), name "
+                "another one with --resume PATH, or begin a new run in another --run-dir"
             )
         return own
-    given = Path(resume)
-    # the folder of a run, or of its checkpoints: the newest of them
-    found = candidates(given) or candidates(given / "checkpoints") or [given]
-    if checkpoints.resolve() not in found[0].resolve().parents and not _may_begin(path, found[0]):
-        raise RecipeError(
-            f"{path} already holds a run, and {resume} is no checkpoint of it; name another --run-dir for a run that "
-            "begins there"
-        )
+    found = find_choices(Path(resume))
+    if (path / "checkpoints").resolve() not in found.folders[0].resolve().parents:
+        lost = "it has checkpoints" if own.folders else _what_stands_against(path, found.folders[0])
+        if lost:
+            raise RecipeError(
+                f"{path} already holds a run, and {resume} is no checkpoint of it ({lost}); continue it with --resume "
+                "auto, or name another --run-dir for a run that begins there"
+            )
     return found
 
 
-def _may_begin(path: Path, checkpoint: Path) -> bool:
-    """Whether a folder holds nothing of a run, or the start of one that went on from there and never saved."""
-    metrics = path / "metrics.jsonl"
-    if candidates(path / "checkpoints") or (path / "checkpoints" / "latest").exists():
-        return False
-    if not metrics.exists():
-        return True
+def _what_stands_against(path: Path, checkpoint: Path) -> str | None:
+    """Why the run in a folder without checkpoints did not go on from `checkpoint`, or was saved since."""
+    try:
+        metrics = path / "metrics.jsonl"
+        if metrics.exists() and metrics.stat().st_size and _first_update(metrics) is None:
+            return "the first line of its metrics.jsonl is damaged"
+        return what_was_lost(path, begin=checkpoint)
+    except DamagedCheckpoint as error:
+        return str(error)
+
+
+def what_was_lost(path: Path, *, begin: Path | None = None) -> str | None:
+    """What tells that a run folder without checkpoints had some; None if nothing does.
+
+    begin: the checkpoint of another place that the run is to go on from; None starts it at update 1.
+
+    A run that ended before its first save may begin again: of what it did nothing could be gone on from.
+
+    1. A checkpoint's name, in `latest` or of a folder without an index.
+    2. The record begins with another update: the run went on from a checkpoint of another place.
+    3. status.json names the checkpoint that the run stands on.
+    """
+    root = path / "checkpoints"
+    if (root / "latest").exists():
+        return f"its `latest` says so{''.join(f'; {line}' for line in choices_under(root).passed_over)}"
+    if step_folders(root):
+        return "; ".join(choices_under(root).passed_over)
+    first = _first_update(path / "metrics.jsonl")
+    if first is None:
+        return None  # there is no record that could be lost
+    if first != (0 if begin is None else _update_of(begin)) + 1:
+        return f"metrics.jsonl begins with update {first}, the run went on from another place"
+    stands_on = (read_record(path / "status.json") or {}).get("checkpoint")
+    if isinstance(stands_on, str) and (begin is None or Path(stands_on).resolve() != begin.resolve()):
+        return f"status.json says that the run stands on {stands_on}"
+    return None
+
+
+def _update_of(checkpoint: Path) -> int:
+    return step_of(checkpoint) if is_named_by_step(checkpoint) else int(read_index(checkpoint)["step"])
+
+
+def _first_update(metrics: Path) -> int | None:
+    """The update of the first line of metrics.jsonl; None where there is none that can be read."""
     try:
         with metrics.open(encoding="utf-8") as lines:
-            return bool(json.loads(next(lines, "{}"))["step"] == step_of(checkpoint) + 1)
-    except (ValueError, KeyError, TypeError):
-        return False
+            step = json.loads(next(lines, "{}"))["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 class Resumption:
@@ -81,13 +125,14 @@ class Resumption:
     with. skipped: what is wrong with better ones, a line for each.
     """
 
-    def __init__(self, choices: Sequence[Path], recipe: Recipe, stream: Rows) -> None:
-        self._left, self._recipe, self._stream = list(choices), recipe, stream
+    def __init__(self, choices: Choices, recipe: Recipe, stream: Rows) -> None:
+        self._choices, self._left = choices, list(choices.folders)
+        self._recipe, self._stream = recipe, stream
         self.checkpoint: Path | None = None
         self.index: dict[str, Any] | None = None
         self.changes: list[str] = []
-        self.skipped: list[str] = []
-        if choices:
+        self.skipped = list(choices.passed_over)
+        if choices.folders:
             self._choose()
 
     @property
@@ -117,11 +162,40 @@ class Resumption:
                 continue
             assert self.index is not None
             with all_or_none():
-                self.changes = compare_runs(self._recipe, self.index)
-                if self.data_state is not None:
-                    check_position(self.data_state, self._stream)
+                self.changes = _may_go_on(self._recipe, self.index, self._stream)
             return
-        raise CheckpointError("\n".join(self.skipped))
+        raise CheckpointError("\n".join(_none_left(self._choices, self.skipped)))
+
+
+def _none_left(choices: Choices, skipped: Sequence[str]) -> list[str]:
+    """What is wrong with every checkpoint that was tried, and what can be done."""
+    root = choices.folders[0].parent
+    others = [folder for folder in candidates(root) if folder not in choices.folders]
+    lines = [said.replace(f"; {ANOTHER}", "") for said in skipped]
+    if others:
+        return [*lines, f"another one is there: --resume {others[0]}"]
+    return [
+        *lines,
+        f"no checkpoint is left in {root}: bring one back from a copy and name it with --resume PATH, or begin a new "
+        "run in another --run-dir",
+    ]
+
+
+def _may_go_on(recipe: Recipe, index: Mapping[str, Any], stream: Rows) -> list[str]:
+    """The settings that differ, in words; RecipeError that lists all that must not, of recipe and data together."""
+    changes, problems = [], []
+    try:
+        changes = compare_runs(recipe, index)
+    except RecipeError as error:
+        problems.append(str(error))
+    if index.get("data") is not None:
+        try:
+            check_position(index["data"], stream)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return changes
 
 
 def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
@@ -142,6 +216,12 @@ def compare_runs(recipe: Recipe, index: Mapping[str, Any]) -> list[str]:
     if index["step"] > recipe.total_steps:
         fixed.append(f"the run's length: {index['step']} updates are done, the recipe ends after {recipe.total_steps}")
     if fixed:
-        said = "the checkpoint is of another run; restore these in the recipe, or start a new run:"
-        raise RecipeError("\n  ".join([said, *fixed]))
-    return list(changes.values())
+        refusal = "the checkpoint is of another run; restore these in the recipe, or start a new run:"
+        raise RecipeError("\n  ".join([refusal, *fixed]))
+    said = list(changes.values())
+    step = index["step"]
+    if step < recipe.total_steps:
+        then, now = began.learning_rate(step), recipe.learning_rate(step)
+        if then != now:
+            said.append(f"learning rate at update {step + 1:,}: {then:g} then, {now:g} now")
+    return said

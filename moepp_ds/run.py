@@ -11,6 +11,7 @@ from typing import Any
 from data_pipeline.row_source import RowSource
 from data_pipeline.stream import HeldOut
 from moepp_ds.agreement import agreed_message, all_or_none, gather
+from moepp_ds.checkpoint.files import step_of
 from moepp_ds.config import Recipe
 from moepp_ds.controller import RoutingState
 from moepp_ds.engine import Ranks
@@ -46,6 +47,13 @@ class Run:
         """Print and log, once for all ranks."""
         if self.folder:
             self.folder.say(line)
+
+    def note_saved(self, checkpoint: Path) -> None:
+        """Say, and say in status.json, that the run stands on a checkpoint of its own now."""
+        if self.folder:
+            self.folder.checkpoint = checkpoint
+        self.note_status(step_of(checkpoint))
+        self.say(f"saved {checkpoint}")
 
     def note_status(self, step: int, message: str = "") -> None:
         """Say in status.json that the run goes on, if the disk has room for that."""
@@ -120,13 +128,20 @@ def versions() -> dict[str, str]:
 
 
 def open_folder(
-    recipe: Recipe, ds_config: Mapping[str, Any], path: Path, progress: Progress, engine: Any
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    path: Path,
+    progress: Progress,
+    engine: Any,
+    *,
+    checkpoint: Path | None,
 ) -> RunFolder:
-    """The run folder with what the run was started with; the first rank's alone."""
+    """The run folder with what the run was started with; the first rank's alone. checkpoint: where it goes on from."""
     folder = RunFolder(
         path, tensorboard=recipe.monitor.tensorboard, resumed_step=progress.step, others=engine.monitor
     )
     folder.describe(recipe=recipe.dump(), ds_config=ds_config)
+    folder.checkpoint = checkpoint
     folder.set_status("running", step=progress.step)
     return folder
 

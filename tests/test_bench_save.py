@@ -9,12 +9,20 @@ import pytest
 from conftest import LaunchDeepspeed
 from run_folders import sets
 
-pytestmark = pytest.mark.dist
+from moepp_ds.bench.save import main
 
 
+def test_no_measurement_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["launch/recipes/quickstart.yaml", "--folder", ".", "--repeats", "0"])
+    assert "--repeats 0: give 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.dist
 def test_measures_and_leaves_nothing(launch_deepspeed: LaunchDeepspeed, tmp_path: Path) -> None:
     settings = sets("deepspeed=ds_configs/zero2_fp32.json", "train.precision=fp32", "model.num_layers=1")
-    arguments = ["launch/recipes/quickstart.yaml", "--folder", str(tmp_path), "--repeats", "2", *settings]
+    folder = tmp_path / "not/yet/there"
+    arguments = ["launch/recipes/quickstart.yaml", "--folder", str(folder), "--repeats", "2", *settings]
     done = launch_deepspeed(2, "moepp_ds.bench.save", [*arguments, "--json", str(tmp_path / "found.json")])
     assert done.returncode == 0, done.stdout[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())

@@ -6,7 +6,9 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,16 +21,16 @@ from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.chunks import CHUNK_BYTES, ChunkReader, chunk_ranges, prove_chunks, write_chunks
 from moepp_ds.checkpoint.compare import compare
 from moepp_ds.checkpoint.errors import DamagedCheckpoint
-from moepp_ds.checkpoint.files import (
-    candidates,
+from moepp_ds.checkpoint.files import candidates, find_checkpoint, name_latest, read_index, step_of
+from moepp_ds.checkpoint.fingerprints import Fingerprints
+from moepp_ds.checkpoint.retention import (
     delete,
-    find_checkpoint,
-    read_index,
+    left_behind,
+    set_aside,
+    set_aside_before,
     set_aside_old,
-    step_of,
     too_old,
 )
-from moepp_ds.checkpoint.fingerprints import Fingerprints
 from moepp_ds.checkpoint.tensors import StoredTensors, Wanted, write_fragments
 from moepp_ds.checkpoint.verify import find_damage
 from moepp_ds.checkpoint.weights import WeightReader
@@ -273,8 +275,10 @@ def test_what_retention_hides_and_deletes(tmp_path: Path) -> None:
     assert [path.name for path in old] == [".step-00000001.old-0", ".step-00000007.partial"]
     delete(old)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003", "step-00000009"]
-    with pytest.warns(UserWarning, match="gone.* cannot be deleted|cannot be deleted: .*gone"):
-        delete([tmp_path / "gone"])
+    delete([tmp_path / "gone"])  # by another process
+    set_aside([tmp_path / "step-00000001"])
+    with pytest.warns(UserWarning, match="cannot be deleted: .*/proc/self/status"):
+        delete([Path("/proc/self/status")])
 
 
 def test_what_a_resumed_run_has_passed_does_not_count(tmp_path: Path) -> None:
@@ -284,6 +288,56 @@ def test_what_a_resumed_run_has_passed_does_not_count(tmp_path: Path) -> None:
     assert [step_of(path) for path in too_old(newest, keep=2, before=before)] == [1, 3, 5]
     assert [step_of(path) for path in too_old(newest, keep=9, before=before)] == [3, 5]
     assert [step_of(path) for path in too_old(newest, keep=2)] == [1, 2, 3]
+
+
+def test_milestones_stay_and_do_not_count(tmp_path: Path) -> None:
+    hold(tmp_path, 0, 4, 5, 6, 8, 9, 10, 12)
+
+    def gone(newest: int, **options: int | Path) -> list[int]:
+        return [step_of(path) for path in too_old(tmp_path / f"step-{newest:08d}", **options)]  # type: ignore[arg-type]
+
+    assert gone(10, keep=2) == [0, 4, 5, 6, 8]
+    assert gone(10, keep=2, keep_every=4) == [5, 6]
+    assert gone(12, keep=2, keep_every=4) == [5, 6]  # the newest is one, and two others stay
+    assert gone(10, keep=1, keep_every=5) == [4, 6, 8]
+    assert gone(12, keep=9, keep_every=4, before=tmp_path / "step-00000006") == [8, 9, 10]  # of what was left behind
+    delete(set_aside_old(tmp_path / "step-00000012", keep=1, keep_every=4))
+    assert sorted(step_of(path) for path in tmp_path.iterdir()) == [0, 4, 8, 10, 12]
+
+
+def test_latest_names_what_a_run_goes_on_from(tmp_path: Path) -> None:
+    hold(tmp_path, 1, 2, 3, latest="step-00000003\n")
+    one = tmp_path / "step-00000001"
+    assert left_behind(one) == [tmp_path / "step-00000002", tmp_path / "step-00000003"]
+    assert left_behind(tmp_path / "step-00000003") == []
+    assert name_latest(one) and find_checkpoint(tmp_path) == one and candidates(tmp_path) == [one]
+    written = (tmp_path / "latest").stat().st_ino
+    assert not name_latest(one) and (tmp_path / "latest").stat().st_ino == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", *(f"step-0000000{n}" for n in (1, 2, 3))]
+
+
+def test_two_may_delete_at_once(tmp_path: Path) -> None:
+    """Each takes what it finds, nobody warns, and what a save has set aside to put back is left to it."""
+    for number in range(4):
+        hold(tmp_path, *range(1, 30))
+        for path in tmp_path.glob("step-*"):
+            for file in range(5):
+                (path / str(file)).touch()
+        newest = tmp_path / "step-00000029"
+        with warnings.catch_warnings(), ThreadPoolExecutor(3) as threads:
+            warnings.simplefilter("error")
+            for done in [threads.submit(prune_once, newest) for _ in range(3)]:
+                done.result()
+        assert [path.name for path in tmp_path.iterdir()] == [newest.name]
+        shutil.rmtree(newest)
+    for name in (".step-00000028.old-0", ".step-00000029.old-0", ".step-00000030.old-1", ".step-00000001.partial"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in set_aside_before(newest)] == [".step-00000028.old-0"]
+
+
+def prune_once(newest: Path) -> None:
+    set_aside(too_old(newest, keep=1))
+    delete(set_aside_before(newest))
 
 
 def test_of_a_checkpoint_that_was_moved_away_the_link_is_deleted(tmp_path: Path) -> None:

@@ -279,19 +279,32 @@ def test_arithmetic_says_what_moves_the_load(recipe_file: Path) -> None:
 def test_layouts_that_do_not_fit_name_those_that_do(recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file, ["parallel.expert_parallel=4"])
     with pytest.raises(
-        RecipeError, match="expert_parallel 4 does not divide the world of 6 ranks; use one of 1, 2, 3, 6"
+        RecipeError,
+        match="expert_parallel 4 does not divide the world of 6 ranks; start 4 or 8 ranks, or set expert_parallel to "
+        "one of 1, 2, 3, 6",
     ):
         recipe.layout(6)
+    with pytest.raises(RecipeError, match="= 12; start 2 or 4 ranks, or begin a new run with 24 or 36 rows"):
+        load_recipe(recipe_file, ["parallel.expert_parallel=1"]).layout(3)  # 32 rows are 8 passes of 4
+    with pytest.raises(RecipeError, match="world of 3 ranks; start 4 ranks, or set expert_parallel to one of 1, 3"):
+        recipe.layout(3)
+    with pytest.raises(RecipeError, match="world of 9 ranks; start 8 ranks, or set expert_parallel"):
+        recipe.layout(9)
+    uneven = load_recipe(recipe_file, ["train.micro_batch_size=3", "parallel.expert_parallel=2"])
+    with pytest.raises(RecipeError, match="= 6; begin a new run with 30 or 36 rows"):
+        uneven.layout(2)  # no number of ranks would do
+    with pytest.raises(RecipeError, match="world of 3 ranks; set expert_parallel to one of 1, 3"):
+        uneven.layout(3)
     with pytest.raises(RecipeError) as error:
         load_recipe(recipe_file).layout(3)
     assert (
         str(error.value)
         == "batch of 32 rows is not divisible by micro_batch_size 4 x world 3 = 12; "
-        "use 24 or 36 rows (train.batch_tokens = rows x seq_len = 384 or 576)"
+        "start 2 or 4 ranks, or begin a new run with 24 or 36 rows "
+        "(train.batch_tokens = rows x seq_len = 384 or 576)"
     )
-    with pytest.raises(
-        RecipeError, match=r"= 64; use 64 rows \(train.batch_tokens = rows x seq_len = 1024\)"
-    ):
+    said = r"= 64; start 8 ranks, or begin a new run with 64 rows \(train.batch_tokens = rows x seq_len = 1024\)"
+    with pytest.raises(RecipeError, match=said):
         load_recipe(recipe_file).layout(16)
 
 

@@ -274,11 +274,11 @@ def test_a_json_that_went_away(tmp_path: Path) -> None:
         (
             3,
             (
-                "expert_parallel 2 does not divide the world of 3 ranks; use one of 1, 3, or start a multiple"
-                " of 2 ranks"
+                "expert_parallel 2 does not divide the world of 3 ranks; start 2 or 4 ranks, or set expert_parallel to"
+                " one of 1, 3"
             ),
         ),
-        (6, "batch of 32 rows is not divisible by micro_batch_size 4 x world 6 = 24; use 24 or 48 rows"),
+        (6, "batch of 32 rows is not divisible by micro_batch_size 4 x world 6 = 24; start 4 or 8 ranks, or begin"),
     ],
 )
 def test_worlds_that_cannot_share_the_batch(tmp_path: Path, world: int, words: str) -> None:

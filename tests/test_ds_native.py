@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import ROOT, LaunchDeepspeed, find_free_port, run_in_group
 from hf_models import logits
-from loaded_models import moepp
+from loaded_models import moepp, start_run
 from programs.native_model import RECIPE, RUNS, TOKENS, recipe, settings
 from run_folders import metrics, train
 from safetensors.torch import load_file
@@ -504,6 +504,15 @@ def test_tags_that_are_none(tmp_path: Path, latest: str | None, said: str) -> No
         imported(tmp_path, tmp_path / "run", "hf-1", tag=None)
     with pytest.raises(CheckpointError, match="is no folder; name the one that was given to engine.save_checkpoint"):
         imported(tmp_path / "nowhere", tmp_path / "run", "hf-1")
+
+
+def test_checkpoints_of_our_own_need_no_import(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start_run(run)
+    for folder in (run, run / "checkpoints", run / "checkpoints/step-00000000"):
+        with pytest.raises(CheckpointError, match="step-00000000 is a checkpoint of moepp_ds itself, and needs no"):
+            import_deepspeed(folder, tmp_path / "new", RECIPE)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.dist

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moepp_ds.config import SafetyConfig
-from moepp_ds.guard import Guard, Verdict, judge_gradients, judge_losses, restored_guard
+from moepp_ds.guard import Guard, Kind, Verdict, going_on, judge_gradients, judge_losses, restored_guard
 
 SPIKES = SafetyConfig(spike_above=1.0, spike_window=8, on_spike="skip", max_skips=2)
 EIGHT = (4.0, 3.0, 3.5, 2.5, 3.25, 2.75, 3.0, 3.0)
@@ -78,6 +80,32 @@ def test_the_update_after_the_last_that_may_be_skipped_stops_the_run() -> None:
     # skips of all kinds count together
     third = judge_gradients(guard, SPIKES.model_copy(update={"non_finite": "skip"}))
     assert third.action == "stop" and "safety.non_finite would skip it, but 2 were" in third.reason
+
+
+RUN = Path("runs/a")
+BACK = (
+    "; if it is the run that went wrong, and not the data, go back: --resume PATH of a checkpoint before "
+    "(moepp checkpoint list runs/a)"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "skipped", "settings", "advice"),
+    [
+        ("loss", 0, {}, "--set safety.non_finite=skip"),
+        ("gradient", 0, {"on_spike": "skip"}, "--set safety.non_finite=skip"),
+        ("spike", 0, {"non_finite": "skip"}, "--set safety.on_spike=skip"),
+        ("spike", 1, {"max_skips": 2}, f"--set safety.on_spike=skip{BACK}"),
+        ("spike", 2, {"on_spike": "skip", "max_skips": 2}, f"--set safety.max_skips=3 or more (now 2, all used){BACK}"),
+        (
+            *("loss", 2, {"max_skips": 1}),
+            f"--set safety.non_finite=skip and --set safety.max_skips=3 or more (now 1, all used){BACK}",
+        ),
+    ],
+)
+def test_what_is_advised_is_what_helps(kind: Kind, skipped: int, settings: dict[str, Any], advice: str) -> None:
+    said = going_on(kind, Guard(EIGHT, skipped), SafetyConfig(**settings), RUN)
+    assert said == f"; to go on past it: --resume auto with {advice}"
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])

@@ -57,8 +57,19 @@ def test_every_name_of_a_checkpoint(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nosuch does not exist; name a checkpoint's folder, or a run's such as"):
         choose_folder(tmp_path / "nosuch")
     for path in (tmp_path, run / "recipe.yaml"):
-        with pytest.raises(CheckpointError, match="is no checkpoint: it holds neither index.json nor a file `latest`"):
+        with pytest.raises(CheckpointError, match="is no checkpoint: it holds no index.json, and neither it nor"):
             choose_folder(path)
+
+
+def test_a_newer_checkpoint_that_is_passed_over_is_warned_of(run: Path, tmp_path: Path) -> None:
+    """Found as a resume finds it, without `latest` too."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    folder, cut_off = copy / "checkpoints/step-00000000", copy / "checkpoints/step-00000010"
+    (copy / "checkpoints/latest").unlink()
+    assert choose_folder(copy) == folder
+    cut_off.mkdir()
+    with pytest.warns(UserWarning, match="a newer checkpoint is passed over: .*step-00000010 holds no index.json"):
+        assert choose_folder(copy) == folder
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -210,9 +221,9 @@ def test_no_pickle_of_a_run_folder_is_executed(run: Path, tmp_path: Path) -> Non
         file.write_bytes(bomb)
         try:
             load_model(copy, device="cpu")
-            assert file.name not in ("index.json", "latest", "part-00000.safetensors")
+            assert file.name not in ("index.json", "part-00000.safetensors")
         except CheckpointError:
-            assert file.name in ("index.json", "latest", "part-00000.safetensors")
+            assert file.name in ("index.json", "part-00000.safetensors")
         file.write_bytes(before)
     bad_tokenizer = tmp_path / "tokenizer.model"
     bad_tokenizer.write_bytes(bomb)

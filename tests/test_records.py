@@ -82,13 +82,48 @@ curves.Reload()
 steps = [point.step for point in curves.Scalars("train/loss")]
 lines = [json.loads(line)["step"] for line in (disk / "metrics.jsonl").read_text().splitlines()]
 folder.close()
-print(json.dumps([steps, lines]))
+print(json.dumps([steps, lines, len(list((disk / "tensorboard").iterdir()))]))
 """
     done = run_on_small_disk(tmp_path / "disk", "512k", program, str(tmp_path / "disk"))
     assert done.returncode == 0, done.stderr
-    curves, lines = json.loads(done.stdout.splitlines()[-1])
-    assert curves == lines == list(range(1, 45))
-    assert "the curves are drawn when there is room" in done.stderr
+    curves, lines, files = json.loads(done.stdout.splitlines()[-1])
+    assert curves == lines == list(range(1, 45)) and files == 1
+    assert done.stderr.count("the curves are drawn when there is room") == 1 and "Traceback" not in done.stderr
+
+
+def test_curves_that_find_no_room_of_their_own(tmp_path: Path) -> None:
+    """While the metrics do: an event is cut off where the disk ends, and completed later; its reader waits."""
+    program = FILL + """
+from moepp_ds.records import Curves, Lines
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+metrics = Lines(pathlib.Path(sys.argv[2]) / "metrics.jsonl")  # on another disk
+points = lambda record: [(f"a/{number:03}", record["loss"]) for number in range(60)]
+curves = Curves(disk / "tensorboard", metrics, resumed_step=2, points=points)
+def record(steps):
+    for step in steps:
+        metrics.append(json.dumps({"step": step, "loss": float(step)}))
+        curves.add({"step": step, "loss": float(step)})
+def shown():
+    seen = EventAccumulator(str(disk / "tensorboard"))
+    seen.Reload()
+    return [(point.step, point.value) for point in seen.Scalars("a/059")]
+record(range(1, 5))
+fill()
+record(range(5, 20))
+curves.sync(19)
+few = shown()
+(disk / "filler").unlink()
+curves.sync(19)
+assert shown() == [(step, float(step)) for step in range(1, 20)], shown()
+assert few == shown()[: len(few)] and len(few) < 19
+record([20])
+curves.close(20)
+assert len(shown()) == 20
+"""
+    (tmp_path / "other").mkdir()
+    done = run_on_small_disk(tmp_path / "disk", "64k", program, str(tmp_path / "disk"), str(tmp_path / "other"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the curves are drawn when there is room") == 1 and "Traceback" not in done.stderr
 
 
 def test_nothing_is_warned_of_where_there_is_room(tmp_path: Path) -> None:

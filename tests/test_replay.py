@@ -135,6 +135,8 @@ def test_what_cannot_be_replayed_is_said(tmp_path: Path, monkeypatch: pytest.Mon
         replay(run, 4, device=CPU)
     with pytest.raises(DataError, match="no rows of update 4; it holds none at all: rows are written when"):
         replay(tmp_path, 4, device=CPU)
+    with pytest.raises(DataError, match="nowhere is no folder; name a run's, such as runs/NAME"):
+        replay(tmp_path / "nowhere", 4, device=CPU)
     assert moepp(monkeypatch, "replay", str(run), "--step", "4") == 1
     other = stopped_run(tmp_path / "other", "model.hidden_size=16")
     with pytest.raises(RecipeError, match="holds another model than the one that did the update"):

@@ -44,7 +44,7 @@ def test_what_a_start_holds(tmp_path: Path) -> None:
     assert index["kinds"] == ["weight"] and index["loss_scaler"] == {"dynamic": False}
     assert index["recipe"] == golden_recipe().model_dump(mode="json")
     assert index["versions"].keys() == {"torch", "moepp_ds"}
-    assert choose_checkpoints(tmp_path / "run", "auto")[0] == tmp_path / "run" / folder
+    assert choose_checkpoints(tmp_path / "run", "auto").folders[0] == tmp_path / "run" / folder
     reader = WeightReader(tmp_path / "run" / folder)
     for name, parameter in model.named_parameters():
         assert torch.equal(reader.read(name), parameter.detach().flatten())

@@ -21,7 +21,7 @@ from conftest import ROOT, LaunchDeepspeed, find_free_port, kill_group
 from run_folders import GOLDEN_RECIPE, TOLERANCES, finished, sets, status, train, untimed
 
 from moepp_ds.checkpoint.files import candidates
-from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD
+from moepp_ds.supervisor.verdict import FAILED_FOR_GOOD
 from moepp_ds.train import main
 
 STEERED = (
@@ -210,7 +210,7 @@ def test_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main([GOLDEN_RECIPE, *sets("model.vocab_size=256"), *new]) == FAILED_FOR_GOOD
     said = capsys.readouterr().err
     assert "hold token ids up to 511" in said and "model.vocab_size is 256; set it to 512 or more" in said
-    assert main([GOLDEN_RECIPE, *new, "--resume", str(tmp_path)]) == FAILED
+    assert main([GOLDEN_RECIPE, *new, "--resume", str(tmp_path)]) == FAILED_FOR_GOOD
     assert "is no checkpoint: it holds no index.json" in capsys.readouterr().err
     assert main([GOLDEN_RECIPE, *sets("parallel.expert_parallel=4"), *new]) == FAILED_FOR_GOOD
     assert "does not divide the world of 1 ranks" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,17 @@ def test_where_every_checkpoint_is_damaged_the_run_does_not_start_over(whole: Pa
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_where_the_checkpoints_are_gone_the_run_does_not_start_over(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run, ignore=lambda folder, names: names if folder.endswith("checkpoints") else [])
+    before = (run / "metrics.jsonl").read_bytes()
+    done = run_alone(run, EVERY, resume="auto")
+    assert done.returncode == FAILED_FOR_GOOD
+    assert f"{run}/checkpoints holds no checkpoint that is whole, and there was one: status.json says" in done.stderr
+    assert f"the run stands on {whole}/checkpoints/step-00000020" in done.stderr
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
 def test_saving_in_the_background_changes_nothing(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     said = continued(run_alone(run, EVERY, "checkpoint.background=true"))
@@ -98,21 +110,27 @@ def test_saving_in_the_background_changes_nothing(whole: Path, tmp_path: Path) -
 FULL = """
 import json, pathlib, subprocess, sys, time
 disk, filler = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[1], "filler")
-run, frees = disk / "run", sys.argv[2] == "frees"
+run, frees = disk / "run", {"soon": "training goes on", "at the end": "it is tried again for"}.get(sys.argv[2])
+pruning = sys.argv[2] == "by pruning"
 program = [sys.executable, "-m", "moepp_ds.train", *sys.argv[3:], "--run-dir", str(run)]
 train = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
 said = ""
 for line in train.stdout:
     said += line
-    if "saved" in line and "training goes on" not in said:
+    if ("step-00000006" if pruning else "saved") in line and "training goes on" not in said:
         with open(filler, "wb", buffering=0) as file:
             try:
                 while True:
                     file.write(bytes(4096))
             except OSError:
                 pass
-    if frees and "training goes on" in line:
+    if frees and frees in line:
         filler.unlink(missing_ok=True)
+    if pruning and ("training goes on" in line or "it is tried again for" in line):
+        prune = [sys.executable, "-m", "moepp_ds", "checkpoint", "prune", str(run), "--keep", "1"]
+        pruned = subprocess.run(prune, capture_output=True, text=True)
+        assert pruned.returncode == 0, pruned.stderr
+        said += pruned.stdout + pruned.stderr
 code, latest = train.wait(), (run / "checkpoints/latest").read_text().strip()
 filler.unlink(missing_ok=True)
 again = subprocess.run([*program, "--resume", "auto"], stdout=subprocess.PIPE, text=True)
@@ -128,21 +146,62 @@ print(json.dumps({
 
 
 @pytest.mark.parametrize("background", ["false", "true"])
-@pytest.mark.parametrize("frees", [True, False])
-def test_a_disk_that_is_full_while_saving(tmp_path: Path, frees: bool, background: str) -> None:
+@pytest.mark.parametrize("frees", ["soon", "at the end", "never"])
+def test_a_disk_that_is_full_while_saving(tmp_path: Path, frees: str, background: str) -> None:
     """The run and its last checkpoint live on; a later save finds room, or the last one fails and the run goes on."""
-    disk = tmp_path / "disk"
+    disk, wait = tmp_path / "disk", 0 if frees == "never" else 60
     settings = sets("checkpoint.every=2", "train.max_steps=24", f"checkpoint.background={background}")
-    arguments = [str(disk), "frees" if frees else "stays", GOLDEN_RECIPE, *settings]
+    arguments = [str(disk), frees, GOLDEN_RECIPE, *settings, *sets(f"checkpoint.wait_for_room={wait}")]
     done = run_on_small_disk(disk, "24m", FULL, *arguments)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert "warning: no checkpoint of update" in seen["said"] and "No space left on device" in seen["said"]
+    said = seen["said"].splitlines()
+    warnings = [line for line in said if line.startswith("warning: no checkpoint of update")]
+    assert "No space left on device" in warnings[0] and ". A checkpoint takes about " in warnings[0]
+    assert re.search(r"prune \S+/run --keep 1`, or .* not name: step-|has no older checkpoint to delete", warnings[0])
+    assert any(line.startswith("a checkpoint takes about ") and line.endswith(" MB are free") for line in said)
+    assert len(warnings) <= 8  # of up to 22 tries
+    assert [line for line in said if "(checkpoint.wait_for_room)" in line] == warnings[-1:] * (frees == "at the end")
     assert "step 24/24" in seen["said"]
-    assert seen["codes"] == [0 if frees else 1, 0]
-    assert (seen["latest"] == "step-00000024") == frees
+    assert "Traceback" not in done.stderr and done.stderr.count("the curves are drawn when there is room") <= 1
+    assert seen["codes"] == [1 if frees == "never" else 0, 0]
+    assert (seen["latest"] == "step-00000024") == (frees != "never")
     assert seen["steps"] == list(range(1, 25))
     assert not [name for name in seen["folders"] if name.startswith(".")] and "step-00000024" in seen["folders"]
+
+
+def test_old_checkpoints_make_room_while_the_run_goes_on(tmp_path: Path) -> None:
+    """The disk stays full but for what `prune` deletes beside the training run."""
+    disk = tmp_path / "disk"
+    settings = sets("checkpoint.every=2", "train.max_steps=24", "checkpoint.wait_for_room=60")
+    done = run_on_small_disk(disk, "24m", FULL, str(disk), "by pruning", GOLDEN_RECIPE, *settings)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert re.search(r"warning: no checkpoint of update 8: .*by hand .* not name: step-00000002, step-", seen["said"])
+    assert "/run: what it is writing is left alone" in seen["said"]
+    assert re.search(r"(?m)^deleting \S+/step-00000002  [\d,]+ bytes$", seen["said"])
+    assert seen["codes"] == [0, 0] and seen["latest"] == "step-00000024"
+    assert "cannot be deleted" not in done.stderr
+
+
+def test_a_run_that_went_back_does_not_return_to_what_it_left(whole: Path, tmp_path: Path) -> None:
+    """It is killed before it has saved anything: what goes on by itself then goes on from where it went to."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    back = str(run / "checkpoints/step-00000012")
+    command = [sys.executable, "-m", "moepp_ds.train", GOLDEN_RECIPE, "--run-dir", str(run), "--resume", back]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen(
+        [*command, *sets(EVERY)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as train:
+        assert train.stdout is not None
+        (left,) = [line for line in takewhile(lambda line: "step 13/20" not in line, train.stdout) if "behind" in line]
+        train.kill()
+    assert left.startswith("left behind: step-00000016, step-00000020; each is deleted once this run has saved")
+    said = continued(run_alone(run, EVERY, resume="auto"))
+    assert f"resumed from {back} after update 12" in said
+    assert untimed(run) == untimed(whole)
+    assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_bad_updates_are_skipped_up_to_a_number(tmp_path: Path) -> None:
@@ -151,7 +210,8 @@ def test_bad_updates_are_skipped_up_to_a_number(tmp_path: Path) -> None:
     settings = ["safety.spike_above=1e-6", "safety.spike_window=8", "safety.on_spike=skip", "safety.max_skips=1"]
     done = run_alone(run, EVERY, "train.max_lr=0.05", "train.final_lr=0.05", *settings)
     assert done.returncode == FAILED_FOR_GOOD and "(safety.max_skips)" in done.stderr
-    assert f"moepp replay {run} --step" in done.stderr and "to go on past it: --resume auto with" in done.stderr
+    assert f"moepp replay {run} --step" in done.stderr
+    assert "to go on past it: --resume auto with --set safety.max_skips=2 or more (now 1, all used)" in done.stderr
     ended = status(run)
     assert (ended["state"], ended["restart"]) == ("failed", False)
     first, second = sorted(int(folder.name.removeprefix("step-")) for folder in (run / "replay").iterdir())

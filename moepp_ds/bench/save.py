@@ -10,7 +10,7 @@
 3. Each time is that of the slowest rank; what is compared are medians.
 4. The memory of each rank at its highest, beyond what it was before, in a save of either kind and in a load.
 
-DIR must be on the disk that checkpoints will be on; it is left as it was.
+DIR must be on the disk that checkpoints will be on; it is left as it was, or made and removed again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -145,20 +146,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="YAML file; its model and parallel sections count")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, a.b=c")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="of each kind of write, at least 1 (5)")
     parser.add_argument("--json", type=Path, help="write the measurements there, too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats {options.repeats}: give 1 or more")
     ranks = join_ranks()
     engine, _ = build_engine(load_recipe(options.recipe, options.set), ranks, eos_id=0)
     root = options.folder / "bench-save"
-    root.mkdir(parents=True, exist_ok=True)
+    made: list[Path] = []
+    if ranks.is_first:
+        made = [folder for folder in (root, *root.parents) if not folder.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
     try:
         found = measure(engine, root, repeats=options.repeats)
     finally:
         dist.barrier()
         if ranks.is_first:
             shutil.rmtree(root, ignore_errors=True)
+            for folder in made[1:]:
+                with suppress(OSError):  # somebody else has put something there
+                    folder.rmdir()
     if ranks.is_first:
         print("\n".join(report(found)), flush=True)
         if options.json:

@@ -23,6 +23,7 @@ load that is refused can be tried again with another checkpoint. No file holds a
 * `chunks`    files in chunks with checksums, proven when written and checked when read
 * `tensors`   tensors in such files, by parameter and range
 * `files`     a checkpoint's folder and index
+* `retention` which ones are deleted, and how
 * `shapes`    the parameters that a recipe's model has
 * `fingerprints` of weights and experts, added up over ranks
 * `verify`    all that is wrong with a checkpoint

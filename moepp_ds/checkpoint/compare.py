@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,32 +46,38 @@ def compare(first: Path, second: Path) -> Comparison:
         tensors.check_whole(index["parameters"], own)
     shapes = _differences(indexes[0]["parameters"], indexes[1]["parameters"])
     apart = {name for name, *_ in shapes}
-    found: dict[str, dict[str, float]] = {
-        kind: _largest(kind, *stored, leave_out=apart) for kind in KINDS if all(kind in own for own in kinds)
-    }
-    moments = {name for kind in MOMENTS for name in found.get(kind, {})}
+    common = [kind for kind in KINDS if all(kind in own for own in kinds)]
+    found = _largest(common, *stored, leave_out=apart)
+    moments = {name for kind, name in found if kind in MOMENTS}
     return Comparison(
         steps=(indexes[0]["step"], indexes[1]["step"]),
         kinds=(kinds[0], kinds[1]),
-        recipe=_differences(*(dotted(index.get("recipe") or {}) for index in indexes)),
+        recipe=_differences(*(_settings(index.get("recipe")) for index in indexes)),
         shapes=shapes,
-        weights=found["weight"],
+        weights={name: largest for (kind, name), largest in found.items() if kind == "weight"},
         moments=[name for name in indexes[0]["parameters"] if name in moments],
     )
 
 
-def _largest(kind: str, first: StoredTensors, second: StoredTensors, *, leave_out: set[str]) -> dict[str, float]:
-    """The largest difference of each parameter whose bits differ; NaN where one of the two is no number."""
-    found: dict[str, float] = {}
-    for name, start, values in first.stream(kind):
+def _largest(
+    kinds: Sequence[str], first: StoredTensors, second: StoredTensors, *, leave_out: set[str]
+) -> dict[tuple[str, str], float]:
+    """By (kind, parameter) the largest difference where bits differ; NaN where one of the two is no number."""
+    found: dict[tuple[str, str], float] = {}
+    for kind, name, start, values in first.stream(*kinds):
         if name in leave_out:
             continue
         others = torch.empty_like(values)
         second.read([Wanted(kind, name, start, others)])
         if not torch.equal(values.view(torch.int32), others.view(torch.int32)):
-            largest = torch.tensor([found.get(name, 0.0), (values - others).abs().max()])
-            found[name] = float(largest.max())  # which NaN wins
+            largest = torch.tensor([found.get((kind, name), 0.0), (values - others).abs().max()])
+            found[kind, name] = float(largest.max())  # which NaN wins
     return found
+
+
+def _settings(recipe: Any) -> dict[str, Any]:
+    """By dotted key; what is no recipe, as one setting."""
+    return dotted(recipe) if isinstance(recipe, Mapping) else {"recipe": recipe}
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

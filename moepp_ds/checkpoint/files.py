@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -117,7 +114,7 @@ def publish(partial: Path, final: Path) -> None:
     """Give a complete checkpoint its name, and then move `latest`. If that fails, all is as it was before."""
     sync_folder(final.parent.parent)  # which has the name of the folder that all checkpoints are in
     # A run that was resumed from an earlier checkpoint comes by here again.
-    replaced = _set_aside(final) if final.exists() else None
+    replaced = hide(final) if final.exists() else None
     try:
         partial.rename(final)
         sync_folder(final.parent)
@@ -130,20 +127,19 @@ def publish(partial: Path, final: Path) -> None:
         raise
 
 
-def too_old(newest: Path, *, keep: int, before: Path | None = None) -> list[Path]:
-    """The complete checkpoints before the newest one but for `keep`, it included.
+def name_latest(folder: Path) -> bool:
+    """Have `latest` name a checkpoint that is there; False if it did already. Raises OSError, and it stays as it was.
 
-    before: the one that the run was at before. Those between the two are of a part of the run that was left behind, or
-    were passed over as damaged: they do not count, and they go. Later ones do not count either; they stay.
+    For a run that goes on from an earlier one: what came later is left behind from now on, not from its next save on.
     """
-    complete = _complete(newest.parent)
-    steps = sorted(step for step in complete if step <= step_of(newest))
-    passed = range(step_of(before) + 1, step_of(newest)) if before is not None else range(0)
-    kept = [step for step in steps if step not in passed][-keep:]
-    return [complete[step] for step in steps if step not in kept]
+    latest = folder.parent / "latest"
+    if _named_by(latest) == folder:
+        return False
+    write_atomically(latest, f"{folder.name}\n".encode())
+    return True
 
 
-def _complete(root: Path) -> dict[int, Path]:
+def complete_ones(root: Path) -> dict[int, Path]:
     """The complete checkpoints under `root`, by their steps."""
     folders = [folder for folder in root.glob("step-*") if is_named_by_step(folder)]
     return {step_of(folder): folder for folder in folders if _has_index(folder)}
@@ -162,42 +158,10 @@ def leftovers(root: Path) -> list[Path]:
     return sorted([*root.glob(".step-*"), *root.glob(f"{TEMPORARY}*")])
 
 
-def set_aside_old(newest: Path, *, keep: int, before: Path | None = None) -> list[Path]:
-    """Hide the checkpoints that are `too_old`; return what may be deleted now.
-
-    That is these, and what is left of saves that never ended; nobody may be saving. What cannot be hidden is warned
-    of and stays; the next save tries again.
-    """
-    with _only_warned():
-        for folder in too_old(newest, keep=keep, before=before):
-            with _only_warned():
-                _set_aside(folder)
-        return leftovers(newest.parent)
-    return []
-
-
-def delete(paths: Iterable[Path]) -> None:
-    """Delete folders and files; what cannot be deleted is warned of, and the next save tries again."""
-    for path in paths:
-        with _only_warned():
-            if path.is_dir() and not path.is_symlink():  # of a checkpoint that was moved elsewhere the link goes
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-def _set_aside(folder: Path) -> Path:
+def hide(folder: Path) -> Path:
     """Hide a checkpoint under a name that is free, for deletion: a half-deleted one is never seen as a checkpoint."""
     names = (folder.with_name(f".{folder.name}.old-{number}") for number in count())
     return folder.rename(next(path for path in names if not path.exists()))
-
-
-@contextmanager
-def _only_warned() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        warnings.warn(f"an old checkpoint cannot be deleted: {error}; the next save tries again", stacklevel=3)
 
 
 def find_checkpoint(root: Path) -> Path | None:
@@ -227,7 +191,7 @@ def candidates(root: Path) -> list[Path]:
     Those are the one that `latest` names and, in case it is damaged or gone, the ones before it; later ones are of a
     part of the run that was left behind. Where `latest` is missing or names nothing, all of them, by their steps.
     """
-    complete = _complete(root)
+    complete = complete_ones(root)
     newest = _named_by(root / "latest")
     last = step_of(newest) if newest else max(complete, default=0)
     return [complete[step] for step in sorted(complete, reverse=True) if step <= last]

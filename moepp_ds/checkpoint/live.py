@@ -32,12 +32,10 @@ from moepp_ds.checkpoint.chunks import prove_chunks
 from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from moepp_ds.checkpoint.files import (
     KINDS,
-    delete,
     folder_name,
     partial_folder,
     publish,
     read_index,
-    set_aside_old,
     shape_differences,
     stored_kinds,
     write_index,
@@ -45,6 +43,7 @@ from moepp_ds.checkpoint.files import (
 from moepp_ds.checkpoint.fingerprints import Fingerprints
 from moepp_ds.checkpoint.fragments import Fragment, optimizer_facts, owned_fragments, restore_optimizer_facts
 from moepp_ds.checkpoint.host_copies import HostCopies, Tensors
+from moepp_ds.checkpoint.retention import delete, set_aside_old
 from moepp_ds.checkpoint.shapes import global_shapes
 from moepp_ds.checkpoint.tensors import StoredTensors, Wanted, write_fragments
 
@@ -92,9 +91,16 @@ class Saver:
     """
 
     def __init__(
-        self, engine: Any, root: Path, *, keep: int, background: bool = False, resumed: Path | None = None
+        self,
+        engine: Any,
+        root: Path,
+        *,
+        keep: int,
+        keep_every: int | None = None,
+        background: bool = False,
+        resumed: Path | None = None,
     ) -> None:
-        """keep: complete checkpoints that stay, the newest included.
+        """keep: complete checkpoints that stay, the newest included, besides those of a multiple of keep_every updates.
         background: training goes on while they are written, too, and not only while they are proven.
 
         resumed: the checkpoint under `root` that the run goes on from.
@@ -102,7 +108,7 @@ class Saver:
         In the background this rank's fragments are copied to host memory, which is taken here, for good.
         """
         self.last = resumed
-        self._engine, self._root, self._keep = engine, root, keep
+        self._engine, self._root, self._keep, self._keep_every = engine, root, keep, keep_every
         self._shapes = global_shapes(engine.module.config)
         self._copies = HostCopies(_live_tensors(engine)) if background else None
         self._write: _Write | None = None
@@ -194,7 +200,7 @@ class Saver:
 
     def _delete_old(self, newest: Path) -> None:
         self._join_cleaner()
-        old = set_aside_old(newest, keep=self._keep, before=self.last)
+        old = set_aside_old(newest, keep=self._keep, keep_every=self._keep_every, before=self.last)
         self._cleaner = Thread(target=delete, args=(old,), name="checkpoint-clean", daemon=True)
         _start(self._cleaner)
 

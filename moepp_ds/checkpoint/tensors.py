@@ -127,19 +127,22 @@ class StoredTensors:
                 target[: len(values)].copy_(values)
                 target, offset = target[len(values) :], offset + values.nbytes
 
-    def stream(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """All of a kind in the order of the files: parameter, first element, values of at most 16 MiB, on the CPU."""
+    def stream(self, *kinds: str) -> Iterator[tuple[str, str, int, Tensor]]:
+        """All of these kinds in the order of the files: kind, parameter, first element, values, on the CPU.
+
+        Those are at most 16 MiB. Kinds lie beside one another, so that together they are read once.
+        """
         places = (
-            (piece.file, piece.offset, name, piece)
-            for (stored, name), pieces in self._pieces.items()
+            (piece.file, piece.offset, kind, name, piece)
+            for (kind, name), pieces in self._pieces.items()
             for piece in pieces
-            if stored == kind
+            if kind in kinds
         )
-        for *_, name, piece in sorted(places, key=lambda place: place[:2]):
+        for *_, kind, name, piece in sorted(places, key=lambda place: place[:2]):
             for start in range(piece.start, piece.stop, CHUNK_BYTES // ELEMENT):
                 values = torch.empty(min(CHUNK_BYTES // ELEMENT, piece.stop - start))
                 self.read([Wanted(kind, name, start, values)])
-                yield name, start, values
+                yield kind, name, start, values
 
     def _copies(self, wanted: Wanted) -> Iterator[tuple[str, int, Tensor]]:
         """File, byte and target of each stored range that a wanted one meets."""

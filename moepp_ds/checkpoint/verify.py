@@ -37,7 +37,7 @@ def find_damage(folder: Path) -> list[str]:
     except DamagedCheckpoint as error:
         return [str(error)]
     found = Fingerprints(index["parameters"])
-    for name, start, values in stored.stream("weight"):
+    for _, name, start, values in stored.stream("weight"):
         found.add(name, start, values)
     return [f"the weights are not the ones that were saved: {line}" for line in _wrong(index, found)]
 

@@ -141,19 +141,21 @@ def plan_layout(train: TrainConfig, parallel: ParallelConfig, *, seq_len: int, w
     if world < 1:
         raise RecipeError(f"a run needs at least one rank, not {world}")
     ways = parallel.expert_parallel
+    rows = train.batch_tokens // seq_len
+    worlds = _fitting_worlds(rows, train.micro_batch_size, ways, near=world)
+    start = f"start {' or '.join(map(str, worlds))} ranks, or " if worlds else ""
     if world % ways:
         fits = [n for n in range(1, world + 1) if world % n == 0]
         raise RecipeError(
             f"parallel.expert_parallel {ways} does not divide the world of {world} ranks; "
-            f"use one of {', '.join(map(str, fits))}, or start a multiple of {ways} ranks"
+            f"{start}set expert_parallel to one of {', '.join(map(str, fits))}"
         )
-    rows = train.batch_tokens // seq_len
     together = train.micro_batch_size * world
     if rows % together:
         fits = [n for n in (rows // together * together, rows // together * together + together) if n]
         raise RecipeError(
             f"batch of {rows} rows is not divisible by micro_batch_size {train.micro_batch_size} "
-            f"x world {world} = {together}; use {' or '.join(map(str, fits))} rows "
+            f"x world {world} = {together}; {start}begin a new run with {' or '.join(map(str, fits))} rows "
             f"(train.batch_tokens = rows x seq_len = {' or '.join(str(n * seq_len) for n in fits)})"
         )
     return Layout(
@@ -162,6 +164,13 @@ def plan_layout(train: TrainConfig, parallel: ParallelConfig, *, seq_len: int, w
         micro_batch_size=train.micro_batch_size,
         accumulation_steps=rows // together,
     )
+
+
+def _fitting_worlds(rows: int, micro_batch_size: int, ways: int, *, near: int) -> list[int]:
+    """The next smaller and the next larger number of ranks that can share a batch: what an unchanged run can go on."""
+    passes = rows // micro_batch_size if rows % micro_batch_size == 0 else 0
+    fits = [world for world in range(ways, passes + 1, ways) if passes % world == 0]
+    return [*[world for world in fits if world < near][-1:], *[world for world in fits if world > near][:1]]
 
 
 def count_steps(train: TrainConfig) -> int:

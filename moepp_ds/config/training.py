@@ -109,8 +109,26 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept; older ones are deleted, and those of a part of the run that a resumed one went
     back behind and has passed. Checkpoints."""
 
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints after each multiple of so many updates are kept for good and do not count for `keep`; null keeps none
+    so. A multiple of `every`. Steps."""
+
     background: bool = False
     """Whether training goes on, from a copy in host memory, while a checkpoint is written; else while it is proven."""
+
+    wait_for_room: int = Field(default=300, ge=0)
+    """How long the last save, at the end or at a stop, is tried again where the disk is full. The launcher's
+    --stop_grace must cover it. Seconds."""
+
+    @model_validator(mode="after")
+    def _milestones_are_saved(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.every:
+            near = max(1, round(self.keep_every / self.every)) * self.every
+            raise ValueError(
+                f"keep_every {self.keep_every} is not a multiple of every {self.every}, so no checkpoint would be made "
+                f"at some of its updates; use {near}, or another `every`"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

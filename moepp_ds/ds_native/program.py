@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from moepp_ds.checkpoint import CheckpointError
+from moepp_ds.checkpoint.choices import find_choices
 from moepp_ds.checkpoint.files import MOMENTS
 from moepp_ds.config import Recipe, RecipeError, load_recipe
 from moepp_ds.ds_native.checkpoint import NativeCheckpoint
@@ -33,6 +35,7 @@ def import_deepspeed(
     refuse_a_run(run_dir)
     rules = None if names is None else read_rules(names)
     recipe = load_recipe(recipe_path, overrides)
+    _refuse_our_own(folder)
     checkpoint = NativeCheckpoint(folder, tag)
     sources = find_sources(recipe.model, {**checkpoint.shapes, **checkpoint.buffers}, rules)
     if checkpoint.step > recipe.total_steps:
@@ -57,6 +60,17 @@ def import_deepspeed(
         optimizer=optimizer,
     )
     return Started(written, recipe, _notices(checkpoint, recipe, sources, lacking))
+
+
+def _refuse_our_own(folder: Path) -> None:
+    """A run's own checkpoints have a file `latest`, too, and are no mistake for those of DeepSpeed's saver."""
+    try:
+        found = find_choices(folder).folders[0]
+    except CheckpointError:
+        return
+    raise CheckpointError(
+        f"{found} is a checkpoint of moepp_ds itself, and needs no import; go on with --resume {found}"
+    )
 
 
 def _pieces(checkpoint: NativeCheckpoint, sources: Sources, kind: str) -> Iterator[tuple[str, int, Tensor]]:
