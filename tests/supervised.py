@@ -32,9 +32,7 @@ class Running:
 
     def said(self) -> list[str]:
         """The supervisor's own lines, without the run folder and without the commands it started."""
-        head = rf"\[train\] \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{{4}} {re.escape(str(self.run_dir))}: (.*)"
-        found = (re.fullmatch(head, line) for line in self.output.splitlines())
-        return [line[1] for line in found if line]
+        return lines_of_supervisor(self.output, self.run_dir)
 
     def living(self) -> list[int]:
         """Ids of processes, the supervisor aside, that have the run folder in their command line."""
@@ -93,3 +91,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
         running.process.wait()
         for pid in running.living():
             os.kill(pid, signal.SIGKILL)
+
+
+def lines_of_supervisor(output: str, run_dir: Path) -> list[str]:
+    """What a supervisor of `run_dir` says of it among other lines, without time and folder."""
+    head = rf"\[train\] \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{{4}} {re.escape(str(run_dir))}: (.*)"
+    return re.findall(rf"(?m)^{head}$", output)

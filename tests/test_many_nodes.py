@@ -15,7 +15,7 @@ import pytest
 from conftest import LaunchDeepspeed
 from network_hosts import NAMES, Room, room, why_not
 from run_folders import GOLDEN_RECIPE, TOLERANCES, finished, metrics, sets, status, untimed
-from supervised import mentioning
+from supervised import lines_of_supervisor, mentioning
 
 NO_ROOM = why_not()
 pytestmark = [
@@ -54,9 +54,7 @@ class Training:
 
     def said(self, name: str) -> list[str]:
         """A supervisor's own lines."""
-        head = f"[train] {self.run_dir}: "
-        lines = self.log(name).read_text(errors="replace").splitlines()
-        return [line.removeprefix(head) for line in lines if line.startswith(head)]
+        return lines_of_supervisor(self.log(name).read_text(errors="replace"), self.run_dir)
 
     def until(self, reached: Callable[[], bool], seconds: float = 300.0) -> None:
         end = time.monotonic() + seconds
