@@ -94,9 +94,9 @@ def what_was_lost(path: Path, *, begin: Path | None = None) -> str | None:
     if step_folders(root):
         return "; ".join(choices_under(root).passed_over)
     first = _first_update(path / "metrics.jsonl")
-    if first is None:
+    if first is None and begin is not None:
         return None  # there is no record that could be lost
-    if first != (0 if begin is None else _update_of(begin)) + 1:
+    if first is not None and first != (0 if begin is None else _update_of(begin)) + 1:
         return f"metrics.jsonl begins with update {first}, the run went on from another place"
     stands_on = (read_record(path / "status.json") or {}).get("checkpoint")
     if isinstance(stands_on, str) and (begin is None or Path(stands_on).resolve() != begin.resolve()):

@@ -104,7 +104,10 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path: Path) ->
         with pytest.raises(RecipeError, match=lost):
             choose_checkpoints(tmp_path, "auto")
         (tmp_path / "checkpoints").mkdir(exist_ok=True)  # as where a disk is not mounted
-    (tmp_path / "metrics.jsonl").unlink()  # nothing is lost that is not gone
+    (tmp_path / "metrics.jsonl").unlink()  # or killed in the first update after it went on from another place
+    with pytest.raises(RecipeError, match=lost):
+        choose_checkpoints(tmp_path, "auto")
+    (tmp_path / "status.json").unlink()
     assert choose_checkpoints(tmp_path, "auto") == Choices()
 
 
