@@ -97,8 +97,8 @@ def _tag_folder(folder: Path, tag: str | None) -> Path:
     if tag is None:
         tags = _tags(folder)
         if not latest.is_file():
-            hint = f"; name one with --tag: {listed(tags)}" if tags else ""
-            raise CheckpointError(f"{folder} is no checkpoint of DeepSpeed: it holds no file `latest`{hint}")
+            hint = f"name one with --tag: {listed(tags)}" if tags else "name the folder that save_checkpoint was given"
+            raise CheckpointError(f"{folder} is no checkpoint of DeepSpeed: it holds no file `latest`; {hint}")
         with latest.open(encoding="utf-8", errors="replace") as opened:
             tag = opened.read(256).strip()
     if not _TAG.fullmatch(tag):
