@@ -128,7 +128,7 @@ class Recipe(Section):
         return [
             f"{model.num_layers} layers ({model.num_moe_layers} MoE) x {self._experts()}",
             f"{counts.total:,} parameters, {counts.activated:,} activated per token at {self._ffn_experts()}",
-            f"{flops_per_token(model, self.data.seq_len) / 1e9:.3f} GFLOP per token forward, three times that to train",
+            f"{flops_per_token(model, self.data.seq_len) / 1e9:.3g} GFLOP per token forward, three times that to train",
             f"{layout.micro_batch_size} rows x {self.data.seq_len} tokens x "
             f"{layout.accumulation_steps} steps x {world} ranks = {train.batch_tokens:,} tokens per update",
             f"{steps:,} updates x {train.batch_tokens:,} tokens = {steps * train.batch_tokens:,} tokens "
