@@ -6,6 +6,7 @@ share one. Everything from `launch/train.sh` down to the `deepspeed` launcher an
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -167,8 +168,8 @@ def test_experts_inside_hosts_and_a_run_that_goes_on_with_fewer(
     training.start()
     training.until_step(7)
     # the supervisor is the process in the host that holds the lock; it is told as SLURM or an operator would
-    pid = (training.run_dir / ".hosts" / "node-b.lock").read_text().strip()
-    two.on("node-b", ["kill", "-USR1", pid])
+    by = re.fullmatch(r"process (\d+) on \S+\n", (training.run_dir / ".hosts" / "node-b.lock").read_text())
+    assert by and two.on("node-b", ["kill", "-USR1", by[1]]).returncode == 0
     assert [training.end(name) for name in two.names] == [75, 75], training.tails()
     assert training.said("node-a")[-1].startswith("stopped at step")
     assert status(training.run_dir)["state"] == "stopped"
