@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import orjson
 import typer
 from rich.console import Console
 
 from data_pipeline.document import DataError
 from moepp_ds import checkpoint_commands
+from moepp_ds.bench import commands as bench_commands
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.config import RecipeError, load_recipe
+from moepp_ds.json_option import Json, check_place, write_json
 from moepp_ds.report import print_report, report_run
 
 # Commands that load a model import it inside: the others answer at once.
@@ -25,10 +26,10 @@ Overrides = Annotated[
 ]
 Checkpoint = Annotated[Path, typer.Argument(help="folder of a checkpoint, or of a run: its newest")]
 Tokenizer = Annotated[Path | None, typer.Option(help="tokenizer file; default: that of the recipe's shards")]
-Json = Annotated[Path | None, typer.Option("--json", help="write the result there, too, for scripts")]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at MoE++ recipes and runs.")
 app.add_typer(checkpoint_commands.app, name="checkpoint")
+app.add_typer(bench_commands.app, name="bench")
 
 
 @app.command()
@@ -95,10 +96,10 @@ def trace(
     from moepp_ds.load import default_device, load_model
     from moepp_ds.trace import as_json, print_trace, trace_text
 
-    _check_place(json)
+    check_place(json)
     loaded = load_model(checkpoint, overrides or [], device=default_device(), tokenizer=tokenizer)
     traced = trace_text(loaded, text, seats=seats)
-    _write_json(json, as_json(traced, loaded))
+    write_json(json, as_json(traced, loaded))
     print_trace(traced, Console())
 
 
@@ -115,12 +116,12 @@ def evaluate(
     from moepp_ds.load import default_device, load_model
     from moepp_ds.sweep import as_json, parse_sweep, print_sweep, sweep
 
-    _check_place(json)
+    check_place(json)
     plan = parse_sweep(overrides or [])
     loaded = load_model(checkpoint, plan.settings()[0][1], device=default_device(), tokenizer=tokenizer)
     points = sweep(loaded, plan, rows=rows)
     try:
-        _write_json(json, as_json(loaded, plan, points))
+        write_json(json, as_json(loaded, plan, points))
     finally:  # a full disk costs the file, not what it took long to measure
         print_sweep(plan, points, Console(), sources=sources)
 
@@ -139,9 +140,9 @@ def replay(
     from moepp_ds.replay import as_json, chosen_device, print_replay
     from moepp_ds.replay import replay as do_again
 
-    _check_place(json)
+    check_place(json)
     done = do_again(run_dir, step, device=chosen_device(device), checkpoint=checkpoint)
-    _write_json(json, as_json(done))
+    write_json(json, as_json(done))
     print_replay(done, Console())
 
 
@@ -242,21 +243,6 @@ def _print_start(folder: Path, run_dir: Path, notices: Sequence[str]) -> None:
     typer.echo(f"{folder} holds the weights; go on with")
     recipe, run = quote(f"{run_dir}/recipe.yaml"), quote(str(run_dir))
     typer.echo(f"  bash launch/train.sh {recipe} --run-dir {run} --resume auto")
-
-
-def _check_place(file: Path | None) -> None:
-    """Refuse a file that cannot be made, before the work whose result it is for."""
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise RecipeError(f"--json {file} cannot be written: name a file in a folder that exists")
-
-
-def _write_json(file: Path | None, content: dict[str, Any]) -> None:
-    if file is None:
-        return
-    try:
-        file.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2) + b"\n")
-    except OSError as error:
-        raise RecipeError(f"--json {file} cannot be written: {error.strerror}; name another file") from None
 
 
 def main() -> None:

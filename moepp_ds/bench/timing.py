@@ -1,0 +1,41 @@
+"""Times of actions that take turns, so that whatever slows the machine down for a while slows all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+WARM_UP = 2
+"""Rounds that do not count: memory is taken and kernels are chosen in them."""
+
+
+def take_turns(actions: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each action in `repeats` rounds, in each of which every action has its turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for number in range(WARM_UP + repeats):
+        for name, action in actions.items():
+            taken = _seconds(action)
+            if number >= WARM_UP:
+                seconds[name].append(taken)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], rival: str, own: str) -> float:
+    """How many times as fast `own` is as `rival`, in the medians."""
+    return median(seconds[rival]) / median(seconds[own])
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    _wait()
+    started = time.perf_counter()
+    action()
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
