@@ -89,6 +89,13 @@ def at_work(lock: str, report: Callable[[None], None]) -> Iterator[None]:
         yield
 
 
+def holder(path: Path) -> str:
+    """Who holds the lock `path` alone, as that one wrote it there."""
+    with suppress(OSError):
+        return path.read_bytes()[:200].decode(errors="replace").strip() or "another process"
+    return "another process"
+
+
 def is_free(path: Path) -> bool:
     """Whether nobody holds the lock `path` at this moment."""
     with open(path, "a+b") as file:

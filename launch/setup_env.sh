@@ -11,7 +11,7 @@
 
 moepp_setup() {
     local root want torch stamp key
-    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    root=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     want=${1:-run}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.cache/torch_extensions}

@@ -15,7 +15,7 @@
 #
 # SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP to this script save a checkpoint and stop every rank; a second Ctrl-C
 # kills them. No process is left behind. Exit code, from the run's own status.json and not from the launcher's code:
-#   0 completed    75 stopped cleanly, goes on with --resume auto    1 failed
+#   0 completed    75 stopped, goes on with --resume auto    1 failed or not started    2 no such option
 # Of a failed run the last line names the rank that ended first, and how.
 #
 # Without --num_gpus all devices of the host are used; on a machine without a GPU, N processes on the CPU.

@@ -8,7 +8,7 @@ It imports neither torch nor deepspeed, so it answers at once. `moepp_ds.supervi
 3. Each start is `deepspeed LAUNCHER_OPTIONS --module moepp_ds.train RECIPE ARGS`, with what a start must have of its
    own: a free port, what to resume, and where several hosts take part the list of them.
 
-Exit code: 0 completed, 75 stopped cleanly and can be resumed, 1 failed or not started, 2 options that are none.
+Exit code: 0 completed, 75 stopped and can be resumed, 1 failed or not started, 2 no such option.
 The ranks find this process's id in the environment as MOEPP_SUPERVISOR_PID, to notice when it is gone.
 """
 
@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import IO
 
 from data_pipeline.document import DataError
-from data_pipeline.locks import Taken, take
+from data_pipeline.locks import Taken, holder, is_free, take
 from moepp_ds.checkpoint.choices import check_resume_word
 from moepp_ds.config import Recipe, RecipeError, load_recipe
+from moepp_ds.output import flush_output, print_line
 from moepp_ds.supervisor.hosts import free_port, own_host, read_hostfile
 from moepp_ds.supervisor.job import Graces
 from moepp_ds.supervisor.restarts import Rules, supervise
@@ -176,7 +177,8 @@ def _own_parser() -> argparse.ArgumentParser:
         description="Train on this host, and look after the run. Launcher options are those below and all of the "
         "deepspeed launcher's (--num_gpus N, --include, ...). Program arguments, behind the recipe: --set KEY=VALUE to "
         "override a key (a.b=c), --run-dir DIR (runs/<name of the recipe>), --resume auto|none|PATH (none).",
-        epilog="Exit code: 0 completed, 75 stopped cleanly and goes on with --resume auto, 1 failed or not started.",
+        epilog="Exit code: 0 completed, 75 stopped and goes on with --resume auto, 1 failed or not started, "
+        "2 no such option.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -210,12 +212,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         lock = _lock(launch)
         roll = Roll(launch.rules.run_dir, launch.roll) if launch.roll is not None else None
     except (RecipeError, RollError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_line(f"error: {error}", error=True)
         return FAILED
 
     def command(resume: str, place: Place | None) -> tuple[str, ...]:
         words = launch.command(resume, place)
-        print(f"[train] {shlex.join(words)}", flush=True)
+        print_line(f"[train] {shlex.join(words)}")
         return words
 
     with lock:
@@ -229,12 +231,20 @@ def _lock(launch: Launch) -> IO[bytes]:
     try:
         return take(run_dir / ".supervisor.lock", shared=launch.roll is not None)
     except Taken as error:
-        by = error.by or "a supervisor on another host"
+        by = error.by or _supervisors_of_hosts(run_dir) or "another supervisor"
         raise RecipeError(
             f"{by} looks after {run_dir} already (status.json there says how it stands); stop that one first, or name "
             "another --run-dir"
         ) from None
 
 
+def _supervisors_of_hosts(run_dir: Path) -> str:
+    """Who looks after a run for its hosts, as they wrote into their own locks."""
+    locks = sorted((run_dir / ".hosts").glob("*.lock"))
+    return ", ".join(f"{holder(lock)} (host {lock.stem})" for lock in locks if not is_free(lock))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    flush_output()
+    sys.exit(code)

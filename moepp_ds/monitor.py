@@ -21,6 +21,7 @@ from data_pipeline.atomic import write_atomically
 from data_pipeline.locks import Taken, take
 from moepp_ds.controller import RoutingState
 from moepp_ds.kinds import ExpertKinds
+from moepp_ds.output import print_line
 from moepp_ds.records import Curves, Lines
 from moepp_ds.statistics import RoutingStatistics
 from moepp_ds.status import State, time_now, write_status
@@ -105,14 +106,22 @@ class RunFolder:
     status.json      how it stands, see moepp_ds.status
     """
 
-    def __init__(self, path: Path, *, tensorboard: bool, resumed_step: int, others: Any = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        tensorboard: bool,
+        resumed_step: int,
+        others: Any = None,
+        lock: IO[bytes] | None = None,
+    ) -> None:
         """Open the folder of a run that has done `resumed_step` updates; later metrics are dropped.
 
-        others: DeepSpeed's monitor, for what else the DeepSpeed JSON turns on (csv_monitor, wandb).
+        others: DeepSpeed's monitor, for what else the DeepSpeed JSON turns on (csv_monitor, wandb). lock: of
+        `take_folder`, where it is taken already.
         """
-        path.mkdir(parents=True, exist_ok=True)
+        self._lock = take_folder(path) if lock is None else lock
         self.path = path
-        self._lock = _lock(path)
         self._others = others if others is not None and others.enabled else None
         self.step = resumed_step  # the last update that was recorded
         self.checkpoint: Path | None = None  # the one that the run stands on
@@ -129,9 +138,9 @@ class RunFolder:
         write_atomically(self.path / "ds_config.json", (json.dumps(ds_config, indent=2) + "\n").encode())
 
     def say(self, line: str) -> None:
-        """Print a line and keep it in log.txt."""
-        print(line, flush=True)
+        """Keep a line in log.txt, and print it."""
         self.log(line)
+        print_line(line)
 
     def log(self, line: str) -> None:
         """Keep in log.txt what is printed elsewhere, with the time."""
@@ -180,13 +189,21 @@ def _points(record: Mapping[str, Any]) -> list[tuple[str, float]]:
     return scalars({key: value for key, value in record.items() if key != "step"})
 
 
-def _lock(path: Path) -> IO[bytes]:
-    """Hold the run folder: two runs that write into one spoil both. The kernel lets go when the process ends."""
+class FolderInUse(RuntimeError):
+    """Another process trains in a run folder. It may end soon: no fault of what was given."""
+
+
+def take_folder(path: Path) -> IO[bytes]:
+    """Hold the run folder, made where it is missing: two runs that write into one spoil both.
+
+    The kernel lets go when the process ends. Raises FolderInUse.
+    """
+    path.mkdir(parents=True, exist_ok=True)
     try:
         return take(path / ".lock")
     except Taken as error:
         by = error.by or "another process"
-        raise ValueError(f"{by} is training in {path}; wait for it, stop it, or name another --run-dir") from None
+        raise FolderInUse(f"{by} is training in {path}; wait for it, stop it, or name another --run-dir") from None
 
 
 def _keep_until(path: Path, step: int) -> None:

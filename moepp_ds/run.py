@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_pipeline.row_source import RowSource
 from data_pipeline.stream import HeldOut
@@ -135,10 +135,18 @@ def open_folder(
     engine: Any,
     *,
     checkpoint: Path | None,
+    lock: IO[bytes] | None,
 ) -> RunFolder:
-    """The run folder with what the run was started with; the first rank's alone. checkpoint: where it goes on from."""
+    """The run folder with what the run was started with; the first rank's alone.
+
+    checkpoint: where the run goes on from. lock: of `take_folder`.
+    """
     folder = RunFolder(
-        path, tensorboard=recipe.monitor.tensorboard, resumed_step=progress.step, others=engine.monitor
+        path,
+        tensorboard=recipe.monitor.tensorboard,
+        resumed_step=progress.step,
+        others=engine.monitor,
+        lock=lock,
     )
     folder.describe(recipe=recipe.dump(), ds_config=ds_config)
     folder.checkpoint = checkpoint

@@ -26,8 +26,11 @@ class StopSignal:
     def reason(self) -> str | None:
         """Why this process is to stop, in words; None while it is not.
 
-        Who started it, if gone: that one's end is why a supervisor would send a signal.
+        Who started it, if gone: that one's end is why a supervisor would send SIGTERM. The other signals come from
+        people and from SLURM, which send them to the launcher, too; it dies of them.
         """
+        if self._signal in (signal.SIGINT, signal.SIGUSR1):
+            return self._signal.name
         if os.getppid() != self._parent:
             return "its launcher is gone"
         if not _lives(self._supervisor):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -38,6 +37,8 @@ from moepp_ds.controller import RoutingState, next_state, restored_state
 from moepp_ds.engine import LostRankError, Ranks, build_engine, join_ranks, naming_lost_ranks
 from moepp_ds.evaluate import Score, evaluate
 from moepp_ds.guard import going_on, restored_guard
+from moepp_ds.monitor import take_folder
+from moepp_ds.output import flush_output, print_line
 from moepp_ds.replay_rows import Facts, rows_folder, write_rows
 from moepp_ds.resume import Resumption, agree_on_checkpoints
 from moepp_ds.run import Progress, Run, announce, check_rows_drawn, finish, open_folder, record
@@ -93,6 +94,8 @@ def _begin(recipe: Recipe, ranks: Ranks, path: Path, resume: str) -> tuple[Run, 
         held_out = open_held_out(recipe.data, rows=recipe.evaluation.rows)
         _check_vocabulary(recipe, stream)
         total_steps = _count_updates(recipe, stream)
+        # before the checkpoints are looked at: ranks of an earlier start may still be saving one
+        lock = take_folder(path) if ranks.is_first else None
     resumption = Resumption(agree_on_checkpoints(path, resume, ranks), recipe, stream)
     engine, ds_config = build_engine(recipe, ranks, eos_id=stream.tokenizer.eos_id)
     resumption.load(engine)
@@ -102,7 +105,8 @@ def _begin(recipe: Recipe, ranks: Ranks, path: Path, resume: str) -> tuple[Run, 
     with all_or_none():
         folder = None
         if ranks.is_first:
-            folder = open_folder(recipe, ds_config, path, progress, engine, checkpoint=resumption.checkpoint)
+            found = resumption.checkpoint
+            folder = open_folder(recipe, ds_config, path, progress, engine, checkpoint=found, lock=lock)
     run = Run(recipe, ranks, engine, stream, held_out, path, folder, index.get("origin"), total_steps)
     return run, progress, resumption
 
@@ -261,7 +265,7 @@ def _environment_number(name: str) -> int:
 
 def _fail(error: Exception, *, says: bool, place: str = "") -> int:
     if says:
-        print(f"error: {place}{error}", file=sys.stderr, flush=True)
+        print_line(f"error: {place}{error}", error=True)
     return FAILED_FOR_GOOD if _is_final(error) else FAILED
 
 
@@ -297,8 +301,7 @@ def _leave(code: int) -> NoReturn:
     no interpreter any more, ends a rank whose run is complete with SIGABRT (pytorch/pytorch#179291).
     """
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(code)
 
 

@@ -6,7 +6,12 @@ import errno
 import json
 import os
 import random
+import re
 import resource
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from conftest import ROOT
 from pydantic import TypeAdapter
 from raw_corpora import lines_of, text_of, write_raw
 from streamed_corpora import (
@@ -433,3 +439,21 @@ def test_failures_are_told_in_words() -> None:
         [][0]
     except IndexError as error:
         assert "list index out of range" in describe_failure(error, "DIR")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_asked_of_the_whole_group_does_not_end_a_builder(signum: signal.Signals) -> None:
+    """The update that the ranks are in needs its rows; the builder ends with who started it."""
+    command = [sys.executable, "-m", "data_pipeline.spool.builder"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as builder:
+        assert builder.stdin is not None
+        status = Path(f"/proc/{builder.pid}/status")
+        end = time.monotonic() + 60
+        while not int(re.findall(r"SigIgn:\s*(\w+)", status.read_text())[0], 16) & 1 << (signum - 1):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        builder.send_signal(signum)
+        time.sleep(0.2)
+        assert builder.poll() is None
+        builder.stdin.close()  # no job
+        assert builder.wait(60) == 1

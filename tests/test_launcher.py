@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_several_hosts_get_their_list_their_master_and_their_port(recipe: Path, 
     launch = parse_launch([*options, "--log_level", "error", str(recipe)])
     assert launch.roll is not None
     assert (launch.roll.own, launch.roll.min_hosts, launch.roll.wait) == ("b", 1, 600.0)
-    place = Place(4, Path("list"), (Host("a", 1), Host("b", 1)), node_rank=1, port=5)
+    place = Place(4, Path("list"), (Host("a", 1), Host("b", 1)), node_rank=1, port=5, resume="auto")
     assert launch.command("auto", place)[3:] == (
         *("--log_level", "error", "--hostfile", "list", "--no_ssh", "--node_rank", "1"),
         *("--master_addr", "a", "--master_port", "5"),
@@ -187,7 +188,11 @@ def test_a_second_supervisor_is_refused_at_once(
         assert shown.out == ""
     with take(run_dir / ".supervisor.lock", shared=True):
         assert main([str(recipe), "--run-dir", str(run_dir)]) == FAILED
-        assert "a supervisor on another host looks after" in capsys.readouterr().err
+        assert "another supervisor looks after" in capsys.readouterr().err
+        (run_dir / ".hosts").mkdir()
+        with take(run_dir / ".hosts" / "b.lock"):
+            assert main([str(recipe), "--run-dir", str(run_dir)]) == FAILED
+        assert f"error: process {os.getpid()} on {socket.gethostname()} (host b) looks" in capsys.readouterr().err
         assert main([*of_two_hosts, str(recipe), "--run-dir", str(run_dir)]) == FAILED
         assert "waited 0 s in vain for b" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moepp_ds.controller import RoutingState
 from moepp_ds.kinds import ExpertKinds
-from moepp_ds.monitor import RunFolder, layer_metrics, progress_line, scalars
+from moepp_ds.monitor import FolderInUse, RunFolder, layer_metrics, progress_line, scalars
 from moepp_ds.statistics import RoutingStatistics
 
 KINDS = ExpertKinds(num_ffn=2, num_constant=2, num_copy=1, num_zero=1)
@@ -236,7 +236,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     """The second is refused before it touches anything; the folder is free again once the first is closed."""
     first = RunFolder(tmp_path, tensorboard=False, resumed_step=0)
     first.record({"step": 1, "loss": 2.5})
-    with pytest.raises(ValueError, match=r"^process \d+ on .* is training in .*; wait for it, stop it, or"):
+    with pytest.raises(FolderInUse, match=r"^process \d+ on .* is training in .*; wait for it, stop it, or"):
         RunFolder(tmp_path, tensorboard=False, resumed_step=0)
     first.close()
     assert recorded(tmp_path) == [{"step": 1, "loss": 2.5}]

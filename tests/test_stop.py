@@ -93,6 +93,15 @@ def test_the_death_of_its_parent_is_noticed(start: Start) -> None:
     assert asked.reason() == "its launcher is gone"
 
 
+def test_a_signal_to_everybody_is_no_death_of_the_launcher(start: Start) -> None:
+    """SLURM sends SIGUSR1 to all processes of a job, and `deepspeed`'s launcher dies of it."""
+    asked = start(CHILD_OF_ANOTHER)
+    assert asked.reason() is None
+    os.killpg(asked.started.pid, signal.SIGUSR1)
+    asked.started.wait()
+    assert asked.reason() == "SIGUSR1"
+
+
 def test_the_death_of_its_supervisor_is_noticed(start: Start) -> None:
     supervisor = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     asked = start(supervisor=supervisor.pid)

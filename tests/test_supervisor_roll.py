@@ -39,13 +39,13 @@ class Cluster:
         rules = RollRules(self.hostfile, own, min_hosts, wait=wait, silence=SILENCE, fits=at_most(world))
         return Roll(self.run_dir, rules)
 
-    def join(self, *rolls: Roll) -> list[Place | Exception | None]:
-        """What each of them gets, all of them joining at once."""
+    def join(self, *rolls: Roll, resume: str = "auto auto auto") -> list[Place | Exception | None]:
+        """What each of them gets, all of them joining at once; resume: the words of each."""
         results: list[Place | Exception | None] = [None] * len(rolls)
 
         def one(at: int) -> None:
             try:
-                results[at] = rolls[at].join(self.stop)
+                results[at] = rolls[at].join(self.stop, resume.split()[at])
             except (RollError, RecipeError) as error:
                 results[at] = error
 
@@ -85,6 +85,20 @@ def test_all_hosts_get_the_same_list_and_one_port(cluster: Cluster) -> None:
     assert {place.attempt for place in places} == {1} and len({place.port for place in places}) == 1
     assert {place.world for place in places} == {6}
     assert places[0].hostfile.read_text() == "a slots=2\nb slots=2\nc slots=2\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ("none none none", "none"),
+        ("runs/x/step-3 runs/x/step-3 runs/x/step-3", "runs/x/step-3"),
+        ("runs/x/step-3 auto auto", "auto"),  # the first one was replaced: the others have seen the run go on
+        ("none auto auto", "auto"),
+    ],
+)
+def test_a_host_that_was_replaced_does_not_take_the_run_back(cluster: Cluster, said: str, word: str) -> None:
+    places = joined(cluster.join(*(cluster.roll(name) for name in "abc"), resume=said))
+    assert {place.resume for place in places} == {word}
 
 
 def test_a_missing_host_is_waited_for_and_named(cluster: Cluster) -> None:

@@ -18,7 +18,8 @@ def ending(**changes: object) -> Ending:
 
 def reason_in(says: str) -> str:
     """What status.json is to say: the line without the step, and without who was killed for being late."""
-    found = re.fullmatch(r"failed at step 4: (.*?)( \(\d processes .*\))?", says)
+    failed = r"(?:failed at step 4|stopped at step 4 by a failure)"
+    found = re.fullmatch(failed + r": (.*?)(; --resume.*| \(\d processes .*)?", says)
     return found[1] if found else ""
 
 
@@ -99,9 +100,24 @@ RUNNING = {"state": "running", "step": 4}
         (
             ending(stop_asked=True, killed=3),
             RUNNING,
+            STOPPED,
+            "stopped at step 4 by a failure: it ended in state 'running', and how was not seen; --resume auto goes on "
+            "from the newest checkpoint (3 processes did not end in time and were killed)",
+        ),
+        # a stop asked for while the others were waiting for a rank that was killed
+        (
+            ending(stop_asked=True, launcher_code=1, first_ended=(RankEnd(1, -9),)),
+            RUNNING,
+            STOPPED,
+            "stopped at step 4 by a failure: rank 1 ended first, killed by signal 9 (SIGKILL); --resume auto goes on "
+            "from the newest checkpoint",
+        ),
+        # what every start would meet is no less so because a stop was asked for
+        (
+            ending(stop_asked=True),
+            {"state": "failed", "step": 4, "message": "no such row", "restart": False},
             FAILED,
-            "failed at step 4: it ended in state 'running', and how was not seen (3 processes did not end in time and "
-            "were killed)",
+            "failed at step 4: no such row",
         ),
     ],
 )

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from itertools import takewhile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from supervised import Running, Start, start  # noqa: F401 (a fixture)
 
 from data_pipeline.row_stream import BLOCK_ROWS
 from data_pipeline.shards import read_header
-from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD
+from moepp_ds.supervisor.verdict import FAILED, FAILED_FOR_GOOD, STOPPED
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -246,6 +247,29 @@ def test_a_monitor_that_cannot_write_does_not_end_the_run(whole: Path, tmp_path:
     done = run_alone(run, "train.max_steps=2", f"deepspeed={tmp_path / 'ds.json'}")
     assert done.returncode == 0 and "a monitor of the DeepSpeed JSON misses points: " in done.stderr
     assert (tmp_path / "curves/train_loss.csv").exists()
+
+
+@pytest.mark.parametrize("where", ["full", "closed"])
+def test_a_run_does_not_depend_on_who_reads_its_lines(whole: Path, tmp_path: Path, where: str) -> None:
+    """The real ranks under the real launcher and supervisor, asked to stop once `| tee` is gone: they save."""
+    run, out = tmp_path / "run", os.open("/dev/full", os.O_WRONLY)
+    if where == "closed":
+        os.close(out)
+        read, out = os.pipe()
+        os.close(read)
+    command = ["bash", "launch/train.sh", "--num_gpus", "1", GOLDEN_RECIPE, "--run-dir", str(run), *sets(EVERY)]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
+    os.close(out)
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not metrics(run):
+        assert time.monotonic() < end and running.poll() is None
+        time.sleep(0.1)
+    running.terminate()
+    assert running.wait(120) == STOPPED
+    step = status(run)["step"]
+    assert status(run)["state"] == "stopped" and (run / f"checkpoints/step-{step:08}").is_dir()
+    log = (run / "log.txt").read_text()
+    assert "saved " in log and f"[train] stopped at step {step}" in log
 
 
 def test_what_changed_is_said_and_what_may_not_is_refused(whole: Path, tmp_path: Path) -> None:

@@ -206,8 +206,8 @@ def describe_failure(error: Exception, root: str) -> str:
 
 def main() -> int:
     """Read a `BuilderJob` as JSON from standard input and build; what goes wrong is said on standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a stop asked of the whole group: training still needs its rows
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # SIGUSR1 is SLURM's, before the time is up
+        signal.signal(number, signal.SIG_IGN)  # a stop asked of the whole group: training still needs its rows
     job = TypeAdapter(BuilderJob).validate_json(sys.stdin.buffer.read())
     threading.Thread(target=_end_with_parent, args=(job.parent,), daemon=True).start()
     answer = os.fdopen(os.dup(1), "wb")

@@ -3,7 +3,8 @@
 RUN/.hosts/
     NAME.lock                 held by the one supervisor of host NAME, which is named in it
     attempt-0003/             one start of all ranks, numbered
-        beat-NAME             {"port": p}: NAME's supervisor is here; while it lives it counts on in the file's time
+        beat-NAME             {"port": p, "resume": word}: NAME's supervisor is here, and what it would have the ranks
+                              resume; while it lives it counts on in the file's time
         hosts                 the list of those that take part, as a hostfile; closes the attempt to others
         end-NAME              {"code": c, "words": text, "restart": bool}: on NAME the attempt is over, and why
 
@@ -47,15 +48,15 @@ class Attempt:
         """The list of those that take part, a hostfile."""
         return self._folder / "hosts"
 
-    def arrive(self, name: str, *, port: int) -> None:
-        """Make the attempt if there is none, and say that a host is here and which port of it is free."""
+    def arrive(self, name: str, *, port: int, resume: str) -> None:
+        """Make the attempt if there is none, and say that a host is here, which port is free, and what to resume."""
         self._folder.mkdir(exist_ok=True)
-        _put(self._folder / f"beat-{name}", {"port": port})
+        _put(self._folder / f"beat-{name}", {"port": port, "resume": resume})
 
-    def port(self, name: str) -> int | None:
-        """The port that a host offered; None while that cannot be seen."""
+    def arrival(self, name: str) -> tuple[int, str] | None:
+        """The port that a host offered, and what it would resume; None while that cannot be seen."""
         note = read_record(self._folder / f"beat-{name}")
-        return int(str(note["port"])) if note else None
+        return (int(str(note["port"])), str(note.get("resume", "auto"))) if note else None
 
     def write_beat(self, name: str, count: int) -> None:
         """Give a sign of life of a host that has arrived. Raises OSError."""
@@ -79,7 +80,7 @@ class Attempt:
         draft.unlink()
 
     def listed(self) -> list[Host] | None:
-        """Those that take part; None while the list is open."""
+        """Those that take part; None while the list is open. Raises OSError."""
         return read_hostfile(self.list_file) if self.list_file.exists() else None
 
     def write_end(self, end: End) -> None:

@@ -20,13 +20,16 @@ class Host:
 
 
 def read_hostfile(path: Path) -> list[Host]:
-    """The hosts of a file of lines `name slots=8`, in its order; RecipeError names the line that is none."""
+    """The hosts of a file of lines `name slots=8`, in its order; RecipeError names the line that is none.
+
+    Raises OSError where the file system fails, which may pass; a missing file is a RecipeError.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
+        content = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, ValueError) as error:
         raise RecipeError(f"the hostfile {path} cannot be read: {error}") from error
     hosts: dict[str, Host] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         text = line.split("#")[0].strip()
         if not text:
             continue

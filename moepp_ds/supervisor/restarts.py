@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_pipeline.locks import holder, is_free
 from moepp_ds.config import RecipeError
+from moepp_ds.output import print_line
 from moepp_ds.status import time_now, write_status
 from moepp_ds.supervisor.attempt import read_record
 from moepp_ds.supervisor.job import Graces, Job, StopRequest
@@ -60,6 +63,8 @@ def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
     resume = rules.resume
     # `--resume none` is refused where there is a run, so nothing may start it with `auto`
     begins = resume == "none" and before is None and not (rules.run_dir / "metrics.jsonl").exists()
+    if roll is None and not _earlier_ranks_ended(rules, stop):
+        return _stopped(rules, roll)
     while True:
         verdict = _attempt(rules, command, resume, roll, environment, stop)
         _say(rules, verdict.words)
@@ -86,14 +91,18 @@ def _attempt(
     place = None
     if roll is not None:
         try:
-            place = roll.join(stop)
-        except (RollError, RecipeError, OSError) as error:  # OSError: a full disk, a network's that fails
+            place = roll.join(stop, resume)
+        except (RollError, RecipeError) as error:
             roll.leave()
             return Verdict(error.code if isinstance(error, RollError) else FAILED, f"not started: {error}")
+        except OSError as error:  # of the file system, which may have recovered at the next start
+            roll.leave()
+            return Verdict(FAILED, f"not started: {error}", restart=True)
         if place is None:
             return Verdict(STOPPED, "stopped before training began; start it again with --resume auto")
         names = ", ".join(host.name for host in place.hosts)
         _say(rules, f"attempt {place.attempt}: host {place.node_rank} of {names}; {place.world} ranks")
+        resume = place.resume
     status_file = rules.run_dir / "status.json"
     earlier = stamp(status_file)
     job = Job(rules.graces, stop, roll.trouble if roll is not None else lambda: None)
@@ -124,22 +133,42 @@ def _whether_again(rules: Rules, verdict: Verdict, failures: int, roll: Roll | N
     """The verdict, without a restart where there has been no progress for too long, or another host forbids it."""
     again = verdict.restart and failures <= rules.max_restarts
     if verdict.restart and not again and rules.max_restarts:
-        _say(rules, f"given up: {failures} failures in a row without progress (--max_restarts)")
+        what = "given up" if verdict.code == FAILED else "not started again here"
+        _say(rules, f"{what}: {failures} failures in a row without progress (--max_restarts)")
+    final = None
     if roll is not None:
-        roll.end(verdict.code, verdict.words, restart=again)
-        final = roll.ended_for_good()
-        if again and final is not None:
-            _say(rules, f"not started again: host {final.host}: {final.words}")
-            return Verdict(final.code, verdict.words)
+        try:
+            roll.end(verdict.code, verdict.words, restart=again)
+            final = roll.ended_for_good()
+        except OSError as error:  # the other hosts see this one fall silent, or their ranks end
+            _say(rules, f"warning: {error}; the other hosts were not told")
+    if again and final is not None:
+        _say(rules, f"not started again: host {final.host}: {final.words}")
+        return Verdict(final.code, verdict.words)
     return replace(verdict, restart=again)
 
 
 def _stopped(rules: Rules, roll: Roll | None) -> int:
-    words = "stopped while it waited to start again; continue with --resume auto"
+    words = "stopped while it waited to start; continue with --resume auto"
     if roll is not None:
-        roll.end(STOPPED, words, restart=False)
+        with suppress(OSError):  # the other hosts see this one fall silent
+            roll.end(STOPPED, words, restart=False)
     _say(rules, words)
     return STOPPED
+
+
+def _earlier_ranks_ended(rules: Rules, stop: StopRequest) -> bool:
+    """Wait for ranks whose supervisor was killed, and which save before they end; False when a stop came first.
+
+    In vain as long as a stop may take: the start then says who trains there.
+    """
+    lock, end = rules.run_dir / ".lock", time.monotonic() + rules.graces.stop
+    if lock.exists() and not is_free(lock):
+        _say(rules, f"waiting up to {rules.graces.stop:g} s for {holder(lock)}, which still trains here")
+    while lock.exists() and not is_free(lock) and time.monotonic() < end:
+        if stop.sleep(0.5):
+            return False
+    return not stop.asked
 
 
 def pause_after(failures: int) -> float:
@@ -161,7 +190,7 @@ def steps_done(run_dir: Path) -> int:
 
 def _say(rules: Rules, words: str) -> None:
     now = time_now()
-    print(f"[train] {now} {rules.run_dir}: {words}", flush=True)
     # one write, so that it does not tear another host's line; there may be no folder yet, or no room
     with suppress(OSError), (rules.run_dir / "log.txt").open("ab", buffering=0) as log:
         log.write(f"{now}  [train] {words}\n".encode())
+    print_line(f"[train] {now} {rules.run_dir}: {words}")

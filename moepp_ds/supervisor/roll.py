@@ -46,6 +46,8 @@ class Place:
     hosts: tuple[Host, ...]
     node_rank: int
     port: int
+    resume: str
+    """What --resume says; the same on all hosts."""
 
     @property
     def world(self) -> int:
@@ -84,17 +86,19 @@ class Roll:
             raise RollError(f"{error.by} looks after this run for host {rules.own} already; stop it") from None
         self._beats = 0
         self._next_beat = self._next_look = 0.0
-        self._port = 0
+        self._port, self._resume = 0, "auto"
         self._place: Place | None = None
         self._heard: dict[str, tuple[int, int]] = {}  # host -> its last beat, and ours when it came
 
-    def join(self, stop: StopRequest) -> Place | None:
+    def join(self, stop: StopRequest, resume: str) -> Place | None:
         """Take part in the next attempt, once its hosts are there; None when a stop came first.
 
+        resume: what this host would have the ranks resume. Where another one says `auto` the run goes on, as that one
+        has seen it go on: a host that was replaced is given its first command line again.
         Raises RollError (this host is not wanted, or the others are missing), RecipeError (the hostfile is wrong, or
-        the run cannot be cut for these hosts).
+        the run cannot be cut for these hosts), OSError.
         """
-        began, self._port = time.monotonic(), free_port()
+        began, self._port, self._resume = time.monotonic(), free_port(), resume
         while not stop.asked:
             final = self.ended_for_good()
             if final is not None:
@@ -186,7 +190,7 @@ class Roll:
     def _enter(self, number: int) -> Attempt:
         if self._attempt is None or self._attempt.number != number:
             self._attempt, self._next_beat, self._heard = Attempt(self._folder, number), 0.0, {}
-            self._attempt.arrive(self._rules.own, port=self._port)
+            self._attempt.arrive(self._rules.own, port=self._port, resume=self._resume)
             self._since = number if self._since is None else self._since
         return self._attempt
 
@@ -200,10 +204,18 @@ class Roll:
             raise RollError(
                 f"attempt {attempt.number} began without this host, {self._rules.own}: its hosts are {', '.join(names)}"
             )
-        port = attempt.port(names[0])
-        if port is None:  # a file system on a network may show the list first
+        arrivals = [arrival for name in names if (arrival := attempt.arrival(name)) is not None]
+        if len(arrivals) < len(names):  # a file system on a network may show the list first
             return None
-        return Place(attempt.number, attempt.list_file, tuple(hosts), names.index(self._rules.own), port)
+        ports, words = zip(*arrivals)
+        return Place(
+            attempt.number,
+            attempt.list_file,
+            tuple(hosts),
+            node_rank=names.index(self._rules.own),
+            port=ports[0],
+            resume="auto" if "auto" in words else words[0],
+        )
 
     def _close(self, attempt: Attempt, waited: float) -> Place | None:
         """Close the list if those are here that must be; None if somebody is still waited for."""

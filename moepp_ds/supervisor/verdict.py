@@ -63,11 +63,14 @@ def judge(ending: Ending, status: Mapping[str, object] | None) -> Verdict:
         told = ": the deepspeed launcher was killed" if killed else told
         again = (killed or status.get("restart") is True) and not ending.stop_asked
         return Verdict(STOPPED, f"stopped at step {step}{told}; continue with --resume auto{late}", restart=again)
-    again = again and status.get("restart") is not False and not ending.stop_asked
+    again = again and status.get("restart") is not False
     if cause and message and (ending.elsewhere or 0 not in [end.rank for end in culprits(ending.first_ended)]):
         said = f"{cause}; rank 0 says: {message}"
     else:
         said = "; ".join(filter(None, (message, cause))) or f"it ended in state {state!r}, and how was not seen"
+    if again and ending.stop_asked:  # as asked, if not cleanly; another start helps, but not before it is asked for
+        words = f"stopped at step {step} by a failure: {said}; --resume auto goes on from the newest checkpoint{late}"
+        return Verdict(STOPPED, words, reason=said)
     return Verdict(FAILED, f"failed at step {step}: {said}{late}", restart=again, reason=said)
 
 
