@@ -48,6 +48,27 @@ def recipe(
 
 
 @app.command()
+def estimate(
+    path: Annotated[Path, typer.Argument(help="YAML file")],
+    world: Annotated[int | None, typer.Option(help="number of ranks; default: parallel.expert_parallel")] = None,
+    ep: Annotated[int | None, typer.Option(help="ranks that share the experts; default: the recipe's")] = None,
+    device: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100, h200, b200, mi300x, or this")] = "h200",
+    utilization: Annotated[float, typer.Option(help="share of the device's FLOPs that training reaches")] = 0.4,
+    overrides: Overrides = None,
+    json: Json = None,
+) -> None:
+    """Print what a run will take of one rank: memory, FLOPs, all-to-all, time."""
+    from moepp_ds.estimate import estimate as estimated
+    from moepp_ds.estimate import print_estimate
+
+    check_place(json)
+    loaded = load_recipe(path, [*(overrides or []), *([f"parallel.expert_parallel={ep}"] if ep is not None else [])])
+    found = estimated(loaded, world or loaded.parallel.expert_parallel, device=device, utilization=utilization)
+    write_json(json, found.as_json())
+    print_estimate(found, loaded)
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="folder of a run")],
     below: Annotated[str | None, typer.Option(help="fail unless every source beats this: bigram, unigram")] = None,

@@ -1,10 +1,4 @@
-"""The experts: FFN experts as a grouped product, zero-computation experts as one scale and one small product.
-
-FFN       E(x) = (silu(x W_gate) * (x W_up)) W_down   (SwiGLU, no biases)
-zero      E(x) = 0                                    (MoE++, eq 3)
-copy      E(x) = x                                    (eq 4)
-constant  E(x) = a1 x + a2 v, [a1, a2] = softmax(W_c x)   (eq 5)
-"""
+"""The FFN experts as a grouped product: E(x) = (silu(x W_gate) * (x W_up)) W_down   (SwiGLU, no biases)."""
 
 from __future__ import annotations
 
@@ -62,38 +56,3 @@ class FFNExperts(nn.Module):
         product_RG = nn.functional.grouped_mm(rows_RD, self.gate_up_EDG, offs=ends_E)
         gate_RF, value_RF = product_RG.chunk(2, dim=-1)
         return nn.functional.grouped_mm(nn.functional.silu(gate_RF) * value_RF, self.down_EFD, offs=ends_E)
-
-
-class ConstantExperts(nn.Module):
-    """J constant experts: selectors W_c [J, 2, D] and values v [J, D] (MoE++, eq 5)."""
-
-    def __init__(self, num_experts: int, hidden_size: int) -> None:
-        super().__init__()
-        self.selector_J2D = nn.Parameter(torch.empty(num_experts, 2, hidden_size))
-        self.value_JD = nn.Parameter(torch.empty(num_experts, hidden_size))
-
-    def forward(self, x_TD: Tensor, gate_TJ: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the constant experts add, as a scale of x and a sum of values: ([T], [T, D]).
-
-        gate_TJ is 0 where a token did not choose (or was refused by) the expert, so no token is gathered or scattered.
-        """
-        dtype = gate_TJ.dtype
-        logits_TJ2 = torch.einsum("td,jad->tja", x_TD.to(dtype), self.selector_J2D.to(dtype))
-        keep_TJ, value_TJ = torch.softmax(logits_TJ2, dim=-1).unbind(-1)
-        scale_T = (gate_TJ * keep_TJ).sum(dim=-1)
-        return scale_T, (gate_TJ * value_TJ) @ self.value_JD.to(dtype)
-
-
-def zero_computation_output(
-    x_TD: Tensor, *, copy_gate_T: Tensor, constant_gate_TJ: Tensor, constants: ConstantExperts | None
-) -> Tensor:
-    """What all zero-computation experts together give, [T, D] in the dtype of x: one scale of x and one small product.
-
-    Zero experts add nothing, so they have no argument. Gates are fp32 and 0 where there is no assignment.
-    """
-    scale_T, values_TD = copy_gate_T, None
-    if constants is not None:
-        constant_scale_T, values_TD = constants(x_TD, constant_gate_TJ)
-        scale_T = scale_T + constant_scale_T
-    output_TD = scale_T.unsqueeze(-1) * x_TD
-    return (output_TD if values_TD is None else output_TD + values_TD).to(x_TD.dtype)

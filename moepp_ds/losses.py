@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from moepp_ds.kinds import ExpertKinds
-from moepp_ds.products import linear
 
 Balance = Literal["per_expert", "per_group", "null_averaged", "none"]
 
@@ -58,10 +57,3 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     """Router z-loss of one layer, a scalar: the mean over tokens of (log sum exp logits)^2 (ST-MoE, arXiv 2202.08906,
     eq 5). It keeps the logits small."""
     return torch.logsumexp(logits_TE, dim=-1).square().mean()
-
-
-def token_losses(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor) -> Tensor:
-    """Cross-entropy of each token in nats, [T] in fp32 at least, from the last hidden state and the output head."""
-    logits_TV = linear(hidden_TD, head_VD)
-    logits_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(logits_TV, target_T, reduction="none")

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from moepp_ds.attention import CausalSelfAttention, RMSNorm, document_layout
 from moepp_ds.config import ModelConfig, MoEConfig, expert_capacity
 from moepp_ds.controller import RoutingInputs
+from moepp_ds.cross_entropy import mean_token_loss, token_losses
 from moepp_ds.experts import FFNExperts
 from moepp_ds.keyed import keyed_generator
 from moepp_ds.kinds import ExpertKinds
-from moepp_ds.losses import token_losses
 from moepp_ds.moe_layer import LayerSettings, MoELayer, MoEReport
 from moepp_ds.router import RouterSettings, jitter
 from moepp_ds.statistics import RoutingStatistics, stack
@@ -133,8 +133,8 @@ class MoEPlusPlusModel(nn.Module):
     def forward(self, tokens_BS1: Tensor, routing: RoutingInputs | None = None) -> ModelOutput:
         """Losses of rows of S+1 token ids: the first S are read, the last S predicted."""
         h_BSD, layers = self.hidden(tokens_BS1[:, :-1], routing)
-        losses_T = token_losses(h_BSD.flatten(0, 1), self.head.weight, tokens_BS1[:, 1:].flatten())
-        lm_loss, moe = losses_T.mean(), self.config.moe
+        lm_loss = mean_token_loss(h_BSD.flatten(0, 1), self.head.weight, tokens_BS1[:, 1:].flatten())
+        moe = self.config.moe
         balance_loss = torch.stack([layer.balance_loss for layer in layers]).sum()
         z_loss = torch.stack([layer.z_loss for layer in layers]).sum()
         loss = lm_loss + moe.balance_weight * balance_loss

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moepp_ds.dispatch import DispatchPlan, DropPolicy, plan_dispatch
-from moepp_ds.experts import ConstantExperts, FFNExperts, zero_computation_output
+from moepp_ds.experts import FFNExperts
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.losses import Balance, balance_loss, normalized_balance, z_loss
 from moepp_ds.products import linear
 from moepp_ds.router import Router, RouterSettings, Routing
 from moepp_ds.statistics import RoutingStatistics, first_choices, routing_statistics
 from moepp_ds.token_rows import list_rows
+from moepp_ds.zero_computation import ConstantExperts, zero_computation_output
 
 
 class Parcel(Protocol):
@@ -216,7 +217,7 @@ class MoELayer(nn.Module):
             output_TD = output_TD + self._shared(x_TD)
         rows_QD, counts = parcel.receive()
         result_RD = parcel.give_back(self.experts(rows_QD, counts))
-        return (rows.combine(result_RD, gate_N[plan.order_R]) + output_TD).to(x_TD.dtype)
+        return rows.combine(result_RD, gate_N[plan.order_R], output_TD)
 
     def _zero_computation(self, x_TD: Tensor, gate_N: Tensor, token_N: Tensor, expert_N: Tensor) -> Tensor:
         if not self.kinds.num_copy and not self.kinds.num_constant:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moepp_ds.products import product_dtype
 
@@ -56,6 +57,7 @@ class _SwiGLUByExpert(torch.autograd.Function):
         return out_RD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_RD,) = gradients
         rows_RD, gate_up_EDG, down_EFD, kept_RG = ctx.saved_tensors

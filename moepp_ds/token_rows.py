@@ -7,12 +7,15 @@ waits for writes that collide nor depends on their order. Each direction's gradi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from moepp_ds.blocks import row_blocks
 from moepp_ds.dispatch import count_by
 
 
@@ -32,9 +35,12 @@ class TokenRows:
         """The rows [R, D] of x_TD."""
         return _Take.apply(x_TD, self)
 
-    def combine(self, result_RD: Tensor, gate_R: Tensor) -> Tensor:
-        """Each token's rows, times their gates, added up: [T, D] in the dtype of the gates, fp32 at least."""
-        return _Combine.apply(result_RD, gate_R, self)
+    def combine(self, result_RD: Tensor, gate_R: Tensor, onto_TD: Tensor) -> Tensor:
+        """Add to each token of onto_TD its rows times their gates, in place; a sum is rounded once.
+
+        Sums are made in the dtype of the gates, fp32 at least.
+        """
+        return _Combine.apply(result_RD, gate_R, onto_TD, self)
 
 
 @torch.no_grad()
@@ -51,29 +57,50 @@ class _Take(torch.autograd.Function):
         return x_TD.index_select(0, rows.token_R)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (grad_RD,) = gradients
-        return _sum_by_token(grad_RD, None, ctx.rows), None
+        of_x_TD = grad_RD.new_empty(len(ctx.rows.first_T), grad_RD.shape[1])
+        for at, sum_BD in _sums_by_token(grad_RD, None, ctx.rows):
+            of_x_TD[at] = sum_BD
+        return of_x_TD, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, result_RD: Tensor, gate_R: Tensor, rows: TokenRows) -> Tensor:
+    def forward(ctx: Any, result_RD: Tensor, gate_R: Tensor, onto_TD: Tensor, rows: TokenRows) -> Tensor:
         ctx.rows = rows
         ctx.save_for_backward(result_RD, gate_R)
-        return _sum_by_token(result_RD.to(gate_R.dtype), gate_R, rows)
+        ctx.mark_dirty(onto_TD)
+        for at, sum_BD in _sums_by_token(result_RD, gate_R, rows):
+            onto_TD[at] += sum_BD
+        return onto_TD
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (grad_TD,) = gradients
         result_RD, gate_R = ctx.saved_tensors
-        grad_RD = grad_TD.index_select(0, ctx.rows.token_R)
-        of_gate_R = torch.linalg.vecdot(grad_RD, result_RD.to(grad_RD.dtype))
-        return grad_RD.mul_(gate_R.unsqueeze(-1)).to(result_RD.dtype), of_gate_R, None
+        of_result_RD, of_gate_R = torch.empty_like(result_RD), torch.empty_like(gate_R)
+        for at in row_blocks(result_RD.shape, result_RD.device):
+            grad_BD = grad_TD.index_select(0, ctx.rows.token_R[at]).to(gate_R.dtype)
+            of_gate_R[at] = torch.linalg.vecdot(grad_BD, result_RD[at].to(gate_R.dtype))
+            of_result_RD[at] = grad_BD.mul_(gate_R[at].unsqueeze(-1))
+        return of_result_RD, of_gate_R, grad_TD, None
 
 
-def _sum_by_token(rows_RD: Tensor, gate_R: Tensor | None, rows: TokenRows) -> Tensor:
-    weights = None if gate_R is None else gate_R[rows.row_R]
-    return torch.nn.functional.embedding_bag(
-        rows.row_R, rows_RD, rows.first_T, mode="sum", per_sample_weights=weights
-    )
+def _sums_by_token(rows_RD: Tensor, gate_R: Tensor | None, rows: TokenRows) -> Iterator[tuple[slice, Tensor]]:
+    """For a block of tokens after the other the sum of each token's rows, times their gates if any."""
+    dtype = torch.promote_types(rows_RD.dtype, torch.float32) if gate_R is None else gate_R.dtype
+    blocks = list(row_blocks((len(rows.first_T), rows_RD.shape[1]), rows_RD.device))
+    # On a GPU there is one block, and the host reads nothing.
+    starts = [0] if len(blocks) < 2 else rows.first_T[:: blocks[0].stop].tolist()
+    for at, start, stop in zip(blocks, starts, [*starts[1:], len(rows.row_R)]):
+        row_B = rows.row_R[start:stop]
+        yield at, torch.nn.functional.embedding_bag(
+            torch.arange(len(row_B), device=row_B.device),
+            rows_RD.index_select(0, row_B).to(dtype),
+            rows.first_T[at] - start,
+            mode="sum",
+            per_sample_weights=None if gate_R is None else gate_R[row_B],
+        )

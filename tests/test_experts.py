@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import e, log
+from math import e
 
 import pytest
 import torch
 from torch import Tensor
 
-from moepp_ds.experts import Backend, ConstantExperts, FFNExperts, zero_computation_output
+from moepp_ds.experts import Backend, FFNExperts
 
 
 def tensor(values: object) -> Tensor:
@@ -171,86 +171,3 @@ def test_every_ffn_expert_has_a_gradient() -> None:
                     assert parameter.grad[expert].abs().max() == 0, name
     rows_RD = whole_numbers(3, 2, seed=0, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda rows, *_: experts(rows, [2, 1]), (rows_RD, *experts.parameters()))
-
-
-# zero-computation experts
-
-
-def two_constants() -> ConstantExperts:
-    """Those of test_reference.py: W_c of the first answers to each feature, that of the second is 0."""
-    constants = ConstantExperts(2, 2).double()
-    constants.selector_J2D.data = tensor([[[log(3), 0], [0, log(4)]], [[0, 0], [0, 0]]])
-    constants.value_JD.data = tensor([[10, 20], [6, 8]])
-    return constants
-
-
-def test_constant_experts_give_a_scale_and_values() -> None:
-    # [1, 0]: scores [log 3, 0] of the first, a = [3/4, 1/4]; the second mixes halves. Gates 0.4 and 0.2:
-    #   scale 0.4 * 3/4 + 0.2 * 1/2 = 0.4; values 0.4 * 1/4 [10, 20] + 0.2 * 1/2 [6, 8] = [1.6, 2.8].
-    # [0, 1]: scores [0, log 4], a = [1/5, 4/5]. Gates 0.5 and 0 (not chosen): scale 0.1; values 0.4 [10, 20].
-    # A token without any constant expert gets nothing from them.
-    gate_TJ = tensor([[0.4, 0.2], [0.5, 0], [0, 0]])
-    scale_T, value_TD = two_constants()(tensor([[1, 0], [0, 1], [3, 3]]), gate_TJ)
-    equal(scale_T, [0.4, 0.1, 0])
-    equal(value_TD, [[1.6, 2.8], [4, 8], [0, 0]])
-
-
-def test_constant_expert_is_equation_5() -> None:
-    # Gate 1: a1 x + a2 v = 3/4 [1, 0] + 1/4 [10, 20].
-    out_TD = zero_computation_output(
-        tensor([[1, 0]]),
-        copy_gate_T=tensor([0]),
-        constant_gate_TJ=tensor([[1, 0]]),
-        constants=two_constants(),
-    )
-    equal(out_TD, [[3.25, 5]])
-
-
-def test_copy_and_constant_experts_share_one_scale() -> None:
-    # Copy gate 0.1 on top of the first case above: (0.1 + 0.4) [1, 0] + [1.6, 2.8].
-    out_TD = zero_computation_output(
-        tensor([[1, 0]]),
-        copy_gate_T=tensor([0.1]),
-        constant_gate_TJ=tensor([[0.4, 0.2]]),
-        constants=two_constants(),
-    )
-    equal(out_TD, [[2.1, 2.8]])
-
-
-def test_without_constant_experts_there_is_the_scale_alone() -> None:
-    x_TD = tensor([[2, -4], [1, 1]])
-    out_TD = zero_computation_output(
-        x_TD, copy_gate_T=tensor([0.25, 0]), constant_gate_TJ=torch.zeros(2, 0).double(), constants=None
-    )
-    equal(out_TD, [[0.5, -1], [0, 0]])
-
-
-def test_gates_stay_fp32_and_the_output_takes_the_dtype_of_x() -> None:
-    # Copy gate 1 + 1/256, constant gate 1/128 with a1 = 1/2 and v = 0: the scale is 1 + 1/128, a bf16 number.
-    # Gates in bf16 would give 1: both of its numbers next to 1 + 1/256 are a half step away, and it rounds
-    # down to 1 twice.
-    constants = ConstantExperts(1, 1)
-    constants.selector_J2D.data, constants.value_JD.data = torch.zeros(1, 2, 1), torch.zeros(1, 1)
-    constants.to(torch.bfloat16)
-    gate_TJ = torch.full((1, 1), 1 / 128, requires_grad=True)
-    out_TD = zero_computation_output(
-        torch.ones(1, 1, dtype=torch.bfloat16),
-        copy_gate_T=torch.tensor([1 + 1 / 256]),
-        constant_gate_TJ=gate_TJ,
-        constants=constants,
-    )
-    assert out_TD.dtype == torch.bfloat16 and out_TD.item() == 1 + 1 / 128
-    out_TD.sum().backward()
-    assert gate_TJ.grad is not None and gate_TJ.grad.dtype == torch.float32
-    assert constants.value_JD.grad is not None and constants.value_JD.grad.dtype == torch.bfloat16
-
-
-def test_an_unused_constant_expert_has_a_zero_gradient() -> None:
-    constants = two_constants()
-    x_TD = tensor([[1, 0], [0, 1]])
-    zero_computation_output(
-        x_TD, copy_gate_T=tensor([1, 1]), constant_gate_TJ=tensor([[1, 0], [0, 0]]), constants=constants
-    ).sum().backward()
-    for parameter in constants.parameters():
-        assert parameter.grad is not None
-        assert parameter.grad[0].abs().max() > 0 and parameter.grad[1].abs().max() == 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moepp_ds.kinds import ExpertKinds
-from moepp_ds.losses import Balance, balance_loss, normalized_balance, token_losses, z_loss
+from moepp_ds.losses import Balance, balance_loss, normalized_balance, z_loss
 
 
 def tensor(values: object) -> Tensor:
@@ -156,40 +156,3 @@ def test_z_loss_by_hand() -> None:
 def test_z_loss_of_large_logits_is_finite() -> None:
     # 300 + log 2, squared; exp(300) is infinite in fp32.
     assert z_loss(torch.tensor([[300.0, 300.0]])).item() == pytest.approx((300 + log(2)) ** 2, rel=1e-6)
-
-
-# cross-entropy
-
-
-def test_token_losses_by_hand() -> None:
-    # Hidden [1, 0] has the logits log 2, 0, log 3: shares 2/6, 1/6, 3/6. Hidden [0, 1] has 0, log 6, 0: 1/8,
-    # 6/8, 1/8.
-    head_VD = tensor([[log(2), 0], [0, log(6)], [log(3), 0]])
-    hidden_TD = tensor([[1, 0], [1, 0], [0, 1]])
-    losses_T = token_losses(hidden_TD, head_VD, torch.tensor([0, 1, 1]))
-    torch.testing.assert_close(losses_T, tensor([log(3), log(6), log(8 / 6)]), rtol=0, atol=1e-14)
-
-
-def test_gradient_of_a_token_loss() -> None:
-    # Softmax minus the target's one-hot: target 1 of [2, 1, 3] / 6 gives [1/3, -5/6, 1/2], times hidden [1,
-    # 0].
-    head_VD = tensor([[log(2), 0], [0, log(6)], [log(3), 0]]).requires_grad_()
-    token_losses(tensor([[1, 0]]), head_VD, torch.tensor([1])).sum().backward()
-    assert head_VD.grad is not None
-    expected_VD = tensor([[1 / 3, 0], [-5 / 6, 0], [1 / 2, 0]])
-    torch.testing.assert_close(head_VD.grad, expected_VD, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_token_losses_are_minus_the_log_softmax(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden_TD = torch.randn(7, 16, generator=generator, dtype=torch.float64).to(dtype)
-    head_VD = torch.randn(11, 16, generator=generator, dtype=torch.float64).to(dtype)
-    target_T = torch.tensor([0, 10, 3, 3, 7, 1, 5])
-    losses_T = token_losses(hidden_TD, head_VD, target_T)
-    assert losses_T.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # Of a bf16 model only the logits are rounded to bf16; the softmax over the vocabulary is in fp32.
-    logits_TV = (hidden_TD.double() @ head_VD.double().t()).to(dtype).double()
-    expected_T = -torch.log(torch.softmax(logits_TV, dim=-1)[torch.arange(7), target_T])
-    limit = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(losses_T.double(), expected_T, rtol=0, atol=limit)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from programs import tiny
+from torch import Tensor
 
 from moepp_ds.agreement import AgreedError
 from moepp_ds.config import Recipe, RecipeError, count_parameters, load_recipe
@@ -21,6 +22,7 @@ from moepp_ds.memory import Group, Item, MemoryPlan, Room, check_fits, plan_memo
 from moepp_ds.memory.check import settings_that_fit, table
 from moepp_ds.memory.plan import rough_activations, sizes_by_expert
 from moepp_ds.memory.room import free_on_host, least_room
+from moepp_ds.model import MoEPlusPlusModel, initialize
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -174,7 +176,32 @@ def test_needed_is_the_larger_of_starting_and_training() -> None:
 def test_activation_checkpointing_keeps_less() -> None:
     recipe = load_recipe(ROOT / "launch/recipes/moepp_7b.yaml")
     recomputed = load_recipe(ROOT / "launch/recipes/moepp_7b.yaml", ["train.activation_checkpointing=true"])
-    assert 0 < rough_activations(recomputed) < rough_activations(recipe) / 3
+    found = [rough_activations(recipe, on_cpu=False) for recipe in (recomputed, recipe)]
+    assert 0 < found[0] < found[1] / 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("setting", ["model.moe.every=1", "model.moe.every=2", "model.qk_norm=full"])
+def test_activations_are_about_what_the_graph_keeps(setting: str, precision: str) -> None:
+    sizes = "num_layers=4 hidden_size=256 num_heads=4 ffn_hidden_size=512 vocab_size=1024".split()
+    batch = ["data.seq_len=256", "train.micro_batch_size=4", "train.batch_tokens=1024"]
+    config = ["deepspeed=ds_configs/zero2_fp32.json", "train.precision=fp32"] if precision == "fp32" else []
+    overrides = [*(f"model.{size}" for size in sizes), setting, *batch, *config]
+    recipe = load_recipe(ROOT / "launch/recipes/moepp_0.6b.yaml", overrides)
+    model = MoEPlusPlusModel(recipe.model, eos_id=0)
+    initialize(model, seed=0, std=0.02)
+    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    weights, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.randint(1, 1024, (4, 257), generator=torch.Generator().manual_seed(0)))
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert rough_activations(recipe, on_cpu=True) == pytest.approx(measured, rel=0.1)
 
 
 # -- what there is ---------------------------------------------------------------------------------------------

@@ -3,5 +3,5 @@
 * `experts`  what zero-computation experts save of the FFN experts' time, beside what they could (`moepp bench experts`)
 * `save`     how long a checkpoint stops training, beside a plain write of as many bytes, and what memory it takes
 
-presets: sizes of the paper's models. routes: routing that is forced and balanced. timing: actions that take turns.
+presets: sizes of the paper's models. routes: routing that is forced and balanced.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,44 +12,44 @@ from moepp_ds.json_option import Json, check_place, write_json
 
 app = typer.Typer(no_args_is_help=True, help="Measure speed, as ratios to rivals in the same run.")
 
+Preset = Annotated[Literal["0.6b", "1b", "2b", "7b"], typer.Option(help="sizes of the paper's models")]
+Tokens = Annotated[int, typer.Option(min=1)]
+Dtype = Annotated[Literal["fp32", "bf16"], typer.Option(help="of weights and tokens")]
+Repeats = Annotated[int, typer.Option(min=1, help="rounds of which medians are taken")]
+Threads = Annotated[int | None, typer.Option(min=1, help="of a CPU; default: PyTorch's choice")]
+Device = Annotated[str | None, typer.Option(help="such as cpu or cuda:1; default: the first accelerator")]
 
-@app.callback()
-def _group() -> None:
-    """Have even a single command called by its name."""
+MICRO_BATCH = 16384
+"""Tokens of the 0.6B recipe's micro batch. Far fewer leave an expert too few rows for fast products at a small tau."""
 
 
 @app.command()
 def experts(
-    preset: Annotated[Literal["0.6b", "1b", "2b", "7b"], typer.Option(help="sizes of the paper's models")] = "0.6b",
+    preset: Preset = "0.6b",
     taus: Annotated[str, typer.Option(help="separated by commas")] = "1.0,0.75,0.5,0.25,0.1",
-    tokens: Annotated[int, typer.Option(min=1)] = 4096,
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of weights and tokens")] = "fp32",
-    repeats: Annotated[int, typer.Option(min=1, help="rounds of which medians are taken")] = 7,
-    threads: Annotated[int | None, typer.Option(min=1, help="of a CPU; default: PyTorch's choice")] = None,
-    device: Annotated[str | None, typer.Option(help="such as cpu or cuda:1; default: the first accelerator")] = None,
+    tokens: Tokens = MICRO_BATCH,
+    dtype: Dtype = "fp32",
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    device: Device = None,
     json: Json = None,
 ) -> None:
     """The experts of an MoE++ layer beside the same layer without zero-computation experts, at forced balance."""
     from dataclasses import asdict
 
-    import torch
     from rich.console import Console
 
     from moepp_ds.bench.experts import bench_experts, print_experts
     from moepp_ds.bench.presets import PRESETS
-    from moepp_ds.load import default_device
 
     check_place(json)
-    if threads is not None:
-        torch.set_num_threads(threads)
     try:
         result = bench_experts(
             PRESETS[preset],
-            _numbers(taus),
+            [_tau(word) for word in taus.split(",")],
             tokens=tokens,
-            dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
-            device=torch.device(device) if device else default_device(),
             repeats=repeats,
+            **_machine(dtype, threads, device),
         )
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--taus") from None
@@ -57,10 +57,54 @@ def experts(
     print_experts(result, Console())
 
 
-def _numbers(text: str) -> list[float]:
-    """The taus of --taus; each in (0, 1]."""
-    numbers = [float(word) for word in text.split(",")]
-    for number in numbers:
-        if not 0 < number <= 1:
-            raise ValueError(f"tau {number:g} is not in (0, 1]")
-    return numbers
+@app.command()
+def layer(
+    preset: Preset = "0.6b",
+    tau: Annotated[float, typer.Option(help="of MoE++, in (0, 1]")] = 0.75,
+    tokens: Tokens = MICRO_BATCH,
+    dtype: Dtype = "fp32",
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    device: Device = None,
+    json: Json = None,
+) -> None:
+    """A whole MoE++ layer beside its vanilla twin, DeepSpeed's, Mixtral's, a loop over experts and a dense FFN."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from moepp_ds.bench.layer import bench_layer, print_layer
+    from moepp_ds.bench.presets import PRESETS
+
+    check_place(json)
+    try:
+        found = _machine(dtype, threads, device)
+        result = bench_layer(PRESETS[preset], _tau(str(tau)), tokens=tokens, repeats=repeats, **found)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tau") from None
+    write_json(json, {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats, **asdict(result)})
+    print_layer(result, Console())
+
+
+def _tau(word: str) -> float:
+    """A number in (0, 1]."""
+    number = float(word)
+    if not 0 < number <= 1:
+        raise ValueError(f"tau {number:g} is not in (0, 1]")
+    return number
+
+
+def _machine(dtype: str, threads: int | None, device: str | None) -> dict[str, Any]:
+    """The dtype and the device of a measurement, on so many threads, with memory that is kept."""
+    import torch
+
+    from moepp_ds.load import default_device
+    from moepp_ds.timing import keep_memory
+
+    keep_memory()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return {
+        "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
+        "device": torch.device(device) if device else default_device(),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +37,8 @@ def _evenly(total: int, parts: int) -> list[int]:
     return [total * (part + 1) // parts - total * part // parts for part in range(parts)]
 
 
-def forced_routes(
-    kinds: ExpertKinds, *, tau: float, tokens: int, top_k: int, device: torch.device, seed: int = 0
-) -> Routes:
-    """Tokens at random over the experts, each at `top_k` different ones, in balance; dropless.
+def balanced_choices(kinds: ExpertKinds, *, tau: float, tokens: int, top_k: int, seed: int = 0) -> Tensor:
+    """Tokens at random over the experts, each at `top_k` different ones, in balance: [T, K] int64, on the host.
 
     Raises ValueError where an expert would need a token twice.
     """
@@ -52,8 +51,16 @@ def forced_routes(
     generator = torch.Generator().manual_seed(seed)
     # Experts in order meet the tokens in turn, K times around: no expert has more than T, so none meets a token twice.
     expert_KT = torch.repeat_interleave(torch.arange(kinds.total), torch.tensor(counts)).view(top_k, tokens)
-    expert_N = expert_KT[:, torch.randperm(tokens, generator=generator)].t().reshape(-1).to(device)
-    gate_N = torch.rand(tokens * top_k, generator=generator).to(device)
+    return expert_KT[:, torch.randperm(tokens, generator=generator)].t().contiguous()
+
+
+def forced_routes(
+    kinds: ExpertKinds, *, tau: float, tokens: int, top_k: int, device: torch.device, seed: int = 0
+) -> Routes:
+    """`balanced_choices` with combine weights at random; dropless."""
+    expert_TK = balanced_choices(kinds, tau=tau, tokens=tokens, top_k=top_k, seed=seed)
+    expert_N = expert_TK.flatten().to(device)
+    gate_N = torch.rand(tokens * top_k, generator=torch.Generator().manual_seed(seed)).to(device)
     plan = plan_dispatch(
         expert_N=expert_N,
         rank_N=torch.arange(top_k, device=device).repeat(tokens),
@@ -63,3 +70,27 @@ def forced_routes(
         capacity_E=None,
     )
     return Routes(gate_N, torch.arange(tokens, device=device).repeat_interleave(top_k), expert_N, plan)
+
+
+def steered_tokens(
+    choices: Sequence[Tensor], num_experts: Sequence[int], *, hidden_size: int, seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """Tokens x_TD, and for each of the choices [T, K] a router [E, D] by which x chooses just these, best first.
+
+    Every expert of every router has a direction of its own, at right angles to all others. A token is noise without
+    these directions, plus its experts': its logits are K + 3 for the first choice, one less for each after, 0 for the
+    rest. Raises ValueError where there are more experts than directions.
+    """
+    total = sum(num_experts)
+    if total > hidden_size:
+        raise ValueError(f"{total} experts need as many directions, but tokens have {hidden_size}; use a wider model")
+    tokens, top_k = choices[0].shape
+    generator = torch.Generator().manual_seed(seed)
+    direction_DE, _ = torch.linalg.qr(torch.randn(hidden_size, total, generator=generator))
+    x_TD = torch.randn(tokens, hidden_size, generator=generator)
+    x_TD -= x_TD @ direction_DE @ direction_DE.t()
+    routers = [part_DE.t().contiguous() for part_DE in direction_DE.split(list(num_experts), dim=1)]
+    for expert_TK, weight_ED in zip(choices, routers):
+        for rank, expert_T in enumerate(expert_TK.unbind(1)):
+            x_TD += (top_k + 3 - rank) * weight_ED[expert_T]
+    return x_TD, routers

@@ -37,7 +37,7 @@ from moepp_ds.model import MoEPlusPlusModel
 
 Place = Literal["device", "host"]
 FP32 = 4
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def plan_memory(
         for expert, elements in (sizes_by_expert(recipe) if sizes is None else sizes)
     ]
     zero = DeepSpeedZeroConfig(**config["zero_optimization"])
-    width = _BYTES[recipe.train.precision]
+    width = BYTES_PER_NUMBER[recipe.train.precision]
     sums_fp32 = width < FP32 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     items = [
         Item(f"weights, {recipe.train.precision}", width * sum(group.padded for group in groups), "device"),
@@ -129,7 +129,7 @@ def plan_memory(
         *_gradients(groups, zero, width, sums_fp32=sums_fp32, accumulates=accumulates),
         *_buffers(groups, zero, width, on_cpu=on_cpu),
         *_background_save(recipe, groups),
-        Item("activations, roughly", rough_activations(recipe), "device", sure=False),
+        Item("activations, roughly", rough_activations(recipe, on_cpu=on_cpu), "device", sure=False),
     ]
     if not on_cpu:
         elements = sum(sum(group.sizes) for group in groups)
@@ -188,22 +188,25 @@ def _background_save(recipe: Recipe, groups: Sequence[Group]) -> Iterator[Item]:
         yield Item("copy for background saves", 3 * FP32 * sum(group.part for group in groups), "host")
 
 
-def rough_activations(recipe: Recipe) -> int:
-    """About what the backward pass of one micro batch finds kept, in bytes: matrices' inputs and the logits.
+def rough_activations(recipe: Recipe, *, on_cpu: bool) -> int:
+    """About what the backward pass of one micro batch finds kept, in bytes: matrices' inputs, the head's gradients.
 
-    With activation checkpointing two residual streams a block and one block's inside. Masks, routing and what the
-    allocator leaves unused are not in it.
+    With activation checkpointing two residual streams a block and one block's inside. On a CPU an expert's activation
+    is made again, elsewhere it is kept; and there all is kept as wide as fp32, in which a CPU multiplies. Masks,
+    routing and what the allocator leaves unused are not in it.
     """
     model, train = recipe.model, recipe.train
-    tokens, width = train.micro_batch_size * recipe.data.seq_len, _BYTES[train.precision]
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    attention = 4 * model.hidden_size + heads
+    tokens = train.micro_batch_size * recipe.data.seq_len
+    width = FP32 if on_cpu else BYTES_PER_NUMBER[train.precision]
+    inner = 2 if on_cpu else 4  # gate and value; beside them silu of the gate, and its product with the value
+    normed = 0 if model.qk_norm == "none" else 2
+    attention = 4 * model.hidden_size + (2 + normed) * (model.num_heads + model.num_kv_heads) * model.head_dim
     used = model.moe.mean_ffn_experts + model.moe.num_shared_experts
-    expert = used * (2 * model.hidden_size + 4 * model.expert_ffn_hidden_size) + 3 * model.hidden_size
-    dense = 2 * model.hidden_size + 4 * model.ffn_hidden_size
+    expert = used * (2 * model.hidden_size + inner * model.expert_ffn_hidden_size) + 3 * model.hidden_size
+    dense = 2 * model.hidden_size + inner * model.ffn_hidden_size
     blocks = model.num_layers * attention + model.num_moe_layers * expert
     blocks += (model.num_layers - model.num_moe_layers) * dense
     if train.activation_checkpointing:
         blocks = 2 * model.num_layers * model.hidden_size + attention + max(expert, dense)
-    logits = model.vocab_size * (width + 2 * FP32)  # as they are, in fp32, and their gradient
-    return round(tokens * (blocks * width + logits))
+    of_the_head = FP32 * model.hidden_size * (tokens + model.vocab_size)
+    return round(tokens * blocks * width) + of_the_head
