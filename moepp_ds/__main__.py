@@ -34,7 +34,7 @@ app.add_typer(bench_commands.app, name="bench")
 
 @app.command()
 def recipe(
-    path: Annotated[Path, typer.Argument(help="YAML file")],
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file")],
     world: Annotated[int | None, typer.Option(help="number of ranks; default: parallel.expert_parallel")] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -49,7 +49,7 @@ def recipe(
 
 @app.command()
 def estimate(
-    path: Annotated[Path, typer.Argument(help="YAML file")],
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file")],
     world: Annotated[int | None, typer.Option(help="number of ranks; default: parallel.expert_parallel")] = None,
     ep: Annotated[int | None, typer.Option(help="ranks that share the experts; default: the recipe's")] = None,
     device: Annotated[str, typer.Option(help="a100-40gb, a100-80gb, h100, h200, b200, mi300x, or this")] = "h200",

@@ -31,12 +31,26 @@ def keep_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, KEPT)
 
 
-def take_turns(actions: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
+def seconds_of(action: Callable[[], object]) -> float:
+    """How long it takes, on a GPU until it is idle again."""
+    _wait()
+    started = time.perf_counter()
+    action()
+    _wait()
+    return time.perf_counter() - started
+
+
+def take_turns(
+    actions: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    clock: Callable[[Callable[[], object]], float] = seconds_of,
+) -> dict[str, list[float]]:
     """Seconds of each action in `repeats` rounds, in each of which every action has its turn."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(WARM_UP + repeats):
         for name, action in actions.items():
-            taken = seconds_of(action)
+            taken = clock(action)
             if number >= WARM_UP:
                 seconds[name].append(taken)
     return seconds
@@ -45,15 +59,6 @@ def take_turns(actions: Mapping[str, Callable[[], object]], *, repeats: int) -> 
 def ratio(seconds: Mapping[str, list[float]], rival: str, own: str) -> float:
     """How many times as fast `own` is as `rival`, in the medians."""
     return median(seconds[rival]) / median(seconds[own])
-
-
-def seconds_of(action: Callable[[], object]) -> float:
-    """How long it takes, on a GPU until it is idle again."""
-    _wait()
-    started = time.perf_counter()
-    action()
-    _wait()
-    return time.perf_counter() - started
 
 
 def _wait() -> None:

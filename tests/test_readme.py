@@ -85,7 +85,7 @@ def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None
         "--max_restarts 5 RECIPE": f"--max_restarts 5 {GOLDEN_RECIPE}",
         "replay runs/NAME --step N": f"replay {bad} --step {bad_step}",
         "FOLDER runs/imported --recipe RECIPE": f"{native} {tmp_path / 'imported'} --recipe {GOLDEN_RECIPE}",
-        "bench.save RECIPE --folder DIR": f"bench.save {GOLDEN_RECIPE} --folder {tmp_path} --repeats 1",
+        "bench save RECIPE --folder DIR": f"bench save {GOLDEN_RECIPE} --folder {tmp_path} --repeats 1",
         "data/shards": str(small),
         "runs/NAME": str(tmp_path / "run"),
         "runs/": f"{tmp_path}/",

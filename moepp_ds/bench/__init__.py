@@ -1,7 +1,12 @@
-"""Measurements that the project's promises rest on, for anyone to repeat on their own machines.
+"""Measurements as ratios, each to something named that takes turns with it (`moepp bench`).
 
-* `experts`  what zero-computation experts save of the FFN experts' time, beside what they could (`moepp bench experts`)
+* `experts`  what zero-computation experts save of the FFN experts' time, beside what they could
+* `layer`    a whole layer beside its vanilla twin and what a user would pick instead
+* `memory`   what memory these layers take
+* `step`     a whole update of a recipe beside its vanilla twin's
+* `all2all`  what expert parallelism sends, and what it costs a layer
 * `save`     how long a checkpoint stops training, beside a plain write of as many bytes, and what memory it takes
 
-presets: sizes of the paper's models. routes: routing that is forced and balanced.
+presets: sizes of the paper's models. routes: routing that is forced and balanced. cases, rivals: what takes turns.
+on_ranks, traffic: several ranks, and what they send each other.
 """

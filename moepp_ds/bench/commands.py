@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moepp_ds.json_option import Json, check_place, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 # What needs torch is imported inside: `moepp --help` answers at once.
 
@@ -18,6 +22,12 @@ Dtype = Annotated[Literal["fp32", "bf16"], typer.Option(help="of weights and tok
 Repeats = Annotated[int, typer.Option(min=1, help="rounds of which medians are taken")]
 Threads = Annotated[int | None, typer.Option(min=1, help="of a CPU; default: PyTorch's choice")]
 Device = Annotated[str | None, typer.Option(help="such as cpu or cuda:1; default: the first accelerator")]
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key: model.num_layers=4")
+]
+Ranks = Annotated[int, typer.Option(min=1, help="processes to start here; more hosts: under the deepspeed launcher")]
 
 MICRO_BATCH = 16384
 """Tokens of the 0.6B recipe's micro batch. Far fewer leave an expert too few rows for fast products at a small tau."""
@@ -86,6 +96,115 @@ def layer(
     print_layer(result, Console())
 
 
+@app.command()
+def memory(
+    preset: Preset = "0.6b",
+    tau: Annotated[float, typer.Option(help="of MoE++, in (0, 1]")] = 0.75,
+    tokens: Tokens = MICRO_BATCH,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    json: Json = None,
+) -> None:
+    """The memory that these layers take beyond weights and inputs."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from moepp_ds.bench.memory import bench_memory, print_memory
+    from moepp_ds.bench.presets import PRESETS
+
+    check_place(json)
+    try:
+        result = bench_memory(PRESETS[preset], _tau(str(tau)), tokens=tokens, **_machine(dtype, None, device))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tau") from None
+    write_json(json, {"preset": preset, "tokens": tokens, "dtype": dtype, **asdict(result)})
+    print_memory(result, Console())
+
+
+@app.command()
+def step(
+    path: RecipeFile,
+    ranks: Ranks = 1,
+    overrides: Overrides = None,
+    micro_batches: Annotated[int, typer.Option(min=1, help="of a rank in an update")] = 1,
+    repeats: Repeats = 7,
+    json: Json = None,
+) -> None:
+    """A whole update of a recipe beside its vanilla twin's, on RANKS ranks, at forced balance."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from moepp_ds.bench.on_ranks import on_ranks
+
+    check_place(json)
+    with on_ranks(ranks) as joined:
+        from moepp_ds.bench.step import bench_step, load_both, print_step
+
+        recipes = load_both(path, overrides or [], world=joined.world, micro_batches=micro_batches)
+        result = bench_step(recipes, joined, repeats=repeats)
+        if joined.is_first:
+            write_json(json, {"recipe": str(path), "set": overrides or [], "repeats": repeats, **asdict(result)})
+            print_step(result, Console())
+
+
+@app.command()
+def all2all(
+    preset: Preset = "0.6b",
+    ranks: Ranks = 2,
+    tau: Annotated[float, typer.Option(help="of MoE++, in (0, 1]")] = 0.75,
+    tokens: Annotated[int, typer.Option(min=1, help="of each rank")] = MICRO_BATCH,
+    dtype: Dtype = "fp32",
+    repeats: Repeats = 7,
+    json: Json = None,
+) -> None:
+    """What expert parallelism sends, to the byte, and what it costs a layer, at forced balance."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from moepp_ds.bench.on_ranks import on_ranks
+    from moepp_ds.bench.presets import PRESETS
+
+    check_place(json)
+    with on_ranks(ranks) as joined:
+        from moepp_ds.bench.all2all import bench_all2all, print_all2all
+
+        try:
+            result = bench_all2all(
+                PRESETS[preset], _tau(str(tau)), joined, tokens=tokens, dtype=_dtype(dtype), repeats=repeats
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if joined.is_first:
+            write_json(json, {"preset": preset, "tokens": tokens, "dtype": dtype, **asdict(result)})
+            print_all2all(result, Console())
+
+
+@app.command()
+def save(
+    path: RecipeFile,
+    folder: Annotated[Path, typer.Option(help="on the disk to be measured; left as it was, or made and removed")],
+    ranks: Ranks = 1,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="of each kind of write")] = 5,
+    json: Json = None,
+) -> None:
+    """How long a checkpoint of a recipe's model stops training, beside a plain write of as many bytes."""
+    from moepp_ds.bench.on_ranks import on_ranks
+    from moepp_ds.config import load_recipe
+
+    check_place(json)
+    with on_ranks(ranks) as joined:
+        from moepp_ds.bench.save import bench_save, report
+
+        result = bench_save(load_recipe(path, overrides or []), joined, folder, repeats=repeats)
+        if joined.is_first:
+            write_json(json, result)
+            print("\n".join(report(result)), flush=True)
+
+
 def _tau(word: str) -> float:
     """A number in (0, 1]."""
     number = float(word)
@@ -105,6 +224,12 @@ def _machine(dtype: str, threads: int | None, device: str | None) -> dict[str, A
     if threads is not None:
         torch.set_num_threads(threads)
     return {
-        "dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype],
+        "dtype": _dtype(dtype),
         "device": torch.device(device) if device else default_device(),
     }
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

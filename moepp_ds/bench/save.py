@@ -1,7 +1,4 @@
-"""How long a checkpoint stops training, and what memory saving and loading take.
-
-    deepspeed --num_gpus 2 --module moepp_ds.bench.save RECIPE --folder DIR [--set key=value ...] [--repeats 5]
-                                                               [--json FILE]
+"""How long a checkpoint stops training, and what memory saving and loading take (`moepp bench save`).
 
 1. Build the recipe's engine; its data are not needed. Fill the optimizer as if it had trained.
 2. In turns, `repeats` times: every rank writes as many bytes as its fragments have to a file of its own and waits for
@@ -10,33 +7,51 @@
 3. Each time is that of the slowest rank; what is compared are medians.
 4. The memory of each rank at its highest, beyond what it was before, in a save of either kind and in a load.
 
-DIR must be on the disk that checkpoints will be on; it is left as it was, or made and removed again.
+The folder must be on the disk that checkpoints will be on; it is left as it was, or made and removed again.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import orjson
 import torch.distributed as dist
 
 from moepp_ds.agreement import gather
+from moepp_ds.bench.on_ranks import slowest
 from moepp_ds.checkpoint.chunks import CHUNK_BYTES
 from moepp_ds.checkpoint.fragments import owned_fragments
 from moepp_ds.checkpoint.live import Saver, load_checkpoint
-from moepp_ds.config import load_recipe
-from moepp_ds.engine import build_engine, join_ranks
+from moepp_ds.config import Recipe
+from moepp_ds.engine import Ranks, build_engine
 
 KINDS_OF_WRITE = ("plain", "foreground", "background")
+
+
+def bench_save(recipe: Recipe, ranks: Ranks, folder: Path, *, repeats: int) -> dict[str, Any]:
+    """Measure with this recipe's model and layout; the same on every rank. Collective."""
+    engine, _ = build_engine(recipe, ranks, eos_id=0)
+    root = folder / "bench-save"
+    made: list[Path] = []
+    if ranks.is_first:
+        made = [parent for parent in (root, *root.parents) if not parent.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    try:
+        return measure(engine, root, repeats=repeats)
+    finally:
+        dist.barrier()
+        if ranks.is_first:
+            shutil.rmtree(root, ignore_errors=True)
+            for parent in made[1:]:
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
 
 
 def measure(engine: Any, root: Path, *, repeats: int) -> dict[str, Any]:
@@ -53,7 +68,7 @@ def measure(engine: Any, root: Path, *, repeats: int) -> dict[str, Any]:
 
     memory["background"] = _highest(first_in_background)
     for step in range(1, repeats + 1):
-        seconds["plain"].append(_slowest(lambda: _write_plainly(root, fragments)))
+        seconds["plain"].append(slowest(lambda: _write_plainly(root, fragments)))
         seconds["foreground"].append(_stopped(foreground, step))
         seconds["background"].append(_stopped(savers[0], step))
     last = foreground.last
@@ -88,10 +103,10 @@ def _save(saver: Saver, step: int) -> None:
 
 def _stopped(saver: Saver, step: int) -> float:
     """Seconds for which a save stops training."""
-    stopped = _slowest(lambda: saver.save(step=step, facts={"data": None}))
+    stopped = slowest(lambda: saver.save(step=step, facts={"data": None}))
     while not saver.ready:
         time.sleep(0.01)
-    return stopped + _slowest(saver.complete)
+    return stopped + slowest(saver.complete)
 
 
 def _write_plainly(root: Path, size: int) -> None:
@@ -102,14 +117,6 @@ def _write_plainly(root: Path, size: int) -> None:
         for start in range(0, size, CHUNK_BYTES):
             out.write(content[: size - start])
         os.fsync(out.fileno())
-
-
-def _slowest(action: Callable[[], object]) -> float:
-    """Seconds from when all ranks begin until the last is done."""
-    dist.barrier()
-    started = time.perf_counter()
-    action()
-    return max(gather(time.perf_counter() - started))
 
 
 def _highest(action: Callable[[], object]) -> int:
@@ -138,44 +145,3 @@ def report(found: dict[str, Any]) -> list[str]:
     for name, growth in found["memory_bytes"].items():
         lines.append(f"{name:10}  {max(growth) / 1e6:8.1f} MB more memory at most, {max(growth) / largest:.2f} of that")
     return lines
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(prog="moepp_ds.bench.save", description="Measure saving and loading.")
-    parser.add_argument("recipe", help="YAML file; its model and parallel sections count")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, a.b=c")
-    parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured")
-    parser.add_argument("--repeats", type=int, default=5, help="of each kind of write, at least 1 (5)")
-    parser.add_argument("--json", type=Path, help="write the measurements there, too")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error(f"--repeats {options.repeats}: give 1 or more")
-    ranks = join_ranks()
-    engine, _ = build_engine(load_recipe(options.recipe, options.set), ranks, eos_id=0)
-    root = options.folder / "bench-save"
-    made: list[Path] = []
-    if ranks.is_first:
-        made = [folder for folder in (root, *root.parents) if not folder.exists()]
-        root.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    try:
-        found = measure(engine, root, repeats=options.repeats)
-    finally:
-        dist.barrier()
-        if ranks.is_first:
-            shutil.rmtree(root, ignore_errors=True)
-            for folder in made[1:]:
-                with suppress(OSError):  # somebody else has put something there
-                    folder.rmdir()
-    if ranks.is_first:
-        print("\n".join(report(found)), flush=True)
-        if options.json:
-            options.json.write_bytes(orjson.dumps(found, option=orjson.OPT_INDENT_2) + b"\n")
-    dist.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

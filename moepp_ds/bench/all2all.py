@@ -1,0 +1,181 @@
+"""What expert parallelism costs a layer, and to the byte what it sends (`moepp bench all2all`).
+
+Every rank has its own tokens and an equal part of the FFN experts; routing is forced and balanced. In turns:
+
+* `plain`      as many bytes there and back as equal parts, nothing sorted: what the network needs
+* `rows`       the layer's own exchange with nothing to hide behind: counts, rows, sorting by expert, and back
+* `layer`      a forward pass of the layer's experts, zero-computation experts while rows are on their way
+* `waiting`    the same, but rows are waited for at once
+* `at home`    the same work on as many rows, none of which travels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moepp_ds.agreement import gather
+from moepp_ds.bench.cases import Graph, machine
+from moepp_ds.bench.on_ranks import take_turns_on_ranks
+from moepp_ds.bench.presets import LayerSizes
+from moepp_ds.bench.routes import Routes, balanced_counts, forced_routes
+from moepp_ds.bench.traffic import counting_bytes
+from moepp_ds.engine import Ranks
+from moepp_ds.expert_parallel import AllToAll
+from moepp_ds.moe_layer import LayerSettings, LocalExchange, MoELayer, Parcel
+from moepp_ds.router import RouterSettings
+from moepp_ds.timing import ratio
+
+JOURNEYS = ("rows there", "results back", "their gradients there", "gradients of rows back")
+
+
+@dataclass(frozen=True)
+class AllToAllResult:
+    """What was measured, and where.
+
+    expected: bytes of all FFN assignments whose expert is on another rank, over all ranks. sent: in each journey.
+    ffn_share: of the assignments, at this tau. seconds: of the slowest rank, for each round.
+    """
+
+    machine: dict[str, Any]
+    world: int
+    tau: float
+    ffn_share: float
+    expected: int
+    sent: dict[str, int]
+    seconds: dict[str, list[float]]
+
+
+class _WaitingAllToAll(AllToAll):
+    """The exchange without overlap."""
+
+    def send(self, rows_RD: Tensor, counts: Sequence[int]) -> Parcel:
+        parcel = super().send(rows_RD, counts)
+        rows_QD, local_counts = parcel.receive()
+        return _Arrived(parcel, rows_QD, local_counts)
+
+
+@dataclass(frozen=True)
+class _Arrived:
+    parcel: Parcel
+    rows_QD: Tensor
+    counts: Sequence[int]
+
+    def receive(self) -> tuple[Tensor, Sequence[int]]:
+        return self.rows_QD, self.counts
+
+    def give_back(self, rows_QD: Tensor) -> Tensor:
+        return self.parcel.give_back(rows_QD)
+
+
+class _AtHome(LocalExchange):
+    """As many rows as arrive by a balanced exchange, but this rank's own, for its own experts."""
+
+    def __init__(self, num_local: int) -> None:
+        self.num_local = num_local
+
+    def send(self, rows_RD: Tensor, counts: Sequence[int]) -> Parcel:
+        ways = len(counts) // self.num_local
+        return super().send(rows_RD, [sum(counts[e * ways : (e + 1) * ways]) for e in range(self.num_local)])
+
+
+def bench_all2all(
+    sizes: LayerSizes, tau: float, ranks: Ranks, *, tokens: int, dtype: torch.dtype, repeats: int
+) -> AllToAllResult:
+    """Measure with `tokens` on every rank. Raises ValueError for a world or a tau that cannot be. Collective."""
+    num_ffn, world = sizes.kinds.num_ffn, ranks.world
+    if world < 2 or num_ffn % world:
+        fits = [str(n) for n in range(2, num_ffn + 1) if num_ffn % n == 0]
+        raise ValueError(f"{world} ranks cannot share {num_ffn} FFN experts between them; use {', '.join(fits)} ranks")
+    torch.manual_seed(ranks.rank)
+    kinds, local = sizes.kinds, num_ffn // world
+    settings = LayerSettings(RouterSettings(top_k=sizes.top_k), tau=tau, seats=None)
+    layer = MoELayer(
+        sizes.hidden_size,
+        sizes.ffn_hidden_size,
+        kinds,
+        settings,
+        has_residual=False,
+        num_local_experts=local,
+        first_local_expert=ranks.rank * local,
+    ).to(ranks.device)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    layer.to(dtype)
+    x_TD = torch.randn(tokens, sizes.hidden_size, device=ranks.device).to(dtype).requires_grad_()
+    routes = forced_routes(
+        kinds, tau=tau, tokens=tokens, top_k=sizes.top_k, device=ranks.device, seed=ranks.rank
+    )
+    exchange = AllToAll(dist.group.WORLD)
+    expected = sum(gather(_leaving(routes, ranks.rank * local, local))) * sizes.hidden_size * dtype.itemsize
+    case = Graph(lambda: [_compute(layer, exchange, x_TD, routes)], [x_TD, *_used(layer)])
+    with counting_bytes() as sent:
+        case.forward_backward()
+    rows_RD = torch.randn(sum(routes.plan.ffn_counts), sizes.hidden_size, device=ranks.device).to(dtype)
+    actions: dict[str, Callable[[], object]] = {
+        "plain": partial(_plain, rows_RD[: len(rows_RD) // world * world]),
+        "rows": partial(_rows, exchange, rows_RD, routes),
+        "layer": case.forward,
+        "waiting": Graph(lambda: [_compute(layer, _WaitingAllToAll(dist.group.WORLD), x_TD, routes)], []).forward,
+        "at home": Graph(lambda: [_compute(layer, _AtHome(local), x_TD, routes)], []).forward,
+    }
+    counts = balanced_counts(kinds, tau, tokens * sizes.top_k)
+    return AllToAllResult(
+        machine=machine(ranks.device),
+        world=world,
+        tau=tau,
+        ffn_share=sum(counts[:num_ffn]) / sum(counts),
+        expected=expected,
+        sent={name: sum(gather(count)) for name, count in zip(JOURNEYS, sent, strict=True)},
+        seconds=take_turns_on_ranks(actions, repeats=repeats),
+    )
+
+
+def _leaving(routes: Routes, first: int, local: int) -> int:
+    counts = routes.plan.ffn_counts
+    return sum(counts) - sum(counts[first : first + local])
+
+
+def _compute(layer: MoELayer, exchange: Any, x_TD: Tensor, routes: Routes) -> Tensor:
+    layer.exchange = exchange
+    return layer.compute(x_TD, routes.gate_N, routes.token_N, routes.expert_N, routes.plan)
+
+
+def _used(layer: MoELayer) -> list[Tensor]:
+    """Parameters behind the router."""
+    return [parameter for name, parameter in layer.named_parameters() if not name.startswith("router.")]
+
+
+def _plain(rows_RD: Tensor) -> None:
+    arrived_RD = torch.empty_like(rows_RD)
+    dist.all_to_all_single(arrived_RD, rows_RD)
+    dist.all_to_all_single(rows_RD, arrived_RD)
+
+
+@torch.no_grad()
+def _rows(exchange: AllToAll, rows_RD: Tensor, routes: Routes) -> None:
+    parcel = exchange.send(rows_RD, routes.plan.ffn_counts)
+    rows_QD, _ = parcel.receive()
+    parcel.give_back(rows_QD)
+
+
+def print_all2all(result: AllToAllResult, console: Console) -> None:
+    """Bytes of every journey, then the times."""
+    words = ", ".join(f"{key} {value}" for key, value in result.machine.items())
+    share = f"{result.ffn_share:.4f} of the assignments are for FFN experts"
+    console.print(f"{result.world} ranks, tau {result.tau:g}: {share}; {words}")
+    for name, count in result.sent.items():
+        console.print(f"{name}: {count:,} bytes to other ranks, of {result.expected:,} expected")
+    table = Table("", "forward", "of layer")
+    for name, times in result.seconds.items():
+        table.add_row(name, f"{median(times):.4f} s", f"{ratio(result.seconds, name, 'layer'):.2f}")
+    console.print(table)

@@ -1,0 +1,96 @@
+"""Measurements on real ranks: bytes that travel are those of the routing, reports are whole. No time is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, run_in_group
+from run_folders import sets
+from typer.testing import CliRunner
+
+from moepp_ds.__main__ import app
+
+QUICKSTART = "launch/recipes/quickstart.yaml"
+
+
+def _bench(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """What `moepp bench` says on two ranks: its JSON, its words."""
+    log, file = tmp_path / "out.log", tmp_path / "found.json"
+    command = [sys.executable, "-m", "moepp_ds", "bench", *arguments, "--ranks", "2", "--json", str(file)]
+    code = run_in_group(command, {**os.environ, "DS_ACCELERATOR": "cpu"}, log, 180.0)
+    assert code == 0, log.read_text()[-3000:]
+    return json.loads(file.read_text()), " ".join(log.read_text().split())
+
+
+@pytest.mark.dist
+def test_an_update_sends_what_its_routing_says(tmp_path: Path) -> None:
+    """T 80 a rank, K 2, tau 0.75: 6 / 10 of the assignments are for the 8 FFN experts, 12 each, half of them leave."""
+    fp32 = ("deepspeed=ds_configs/zero2_fp32.json", "train.precision=fp32", "parallel.expert_parallel=2")
+    sizes = ("model.num_layers=2", "data.seq_len=20", "train.micro_batch_size=4", "train.batch_tokens=80")
+    arguments = [QUICKSTART, *sets(*fp32, *sizes), "--repeats", "2", "--micro-batches", "3"]
+    found, said = _bench(tmp_path, "step", *arguments)
+    width = 128
+    ranks, passes, layers, journeys = 2, 3, 2, 4
+    leaving = 2 * 80 * 6 // 10 // 2
+    expected = ranks * passes * layers * journeys * leaving * width * 4
+    own, twin = found["traffic"]["recipe"], found["traffic"]["vanilla twin"]
+    assert own == {"sent": expected, "expected": expected, "journeys": journeys, "share": 0.6}
+    assert twin["sent"] == twin["expected"] == expected * 10 // 6
+    assert found["world"] == 2 and found["tokens"] == 2 * 3 * 80
+    assert 1 < found["ideal"] < 1 / 0.6 and found["measured"] > 0
+    assert {name: len(times) for name, times in found["seconds"].items()} == {"recipe": 2, "vanilla twin": 2}
+    assert f"{expected:,} all-to-all bytes to other ranks, {expected:,} expected, 0.6000 of the twin's" in said
+
+
+@pytest.mark.dist
+def test_every_journey_is_as_long_as_the_routing_says(tmp_path: Path) -> None:
+    found, said = _bench(tmp_path, "all2all", "--tokens", "80", "--tau", "0.75", "--dtype", "bf16", "--repeats", "1")
+    expected = 2 * (2 * 80 * 6 // 10 // 2) * 768 * 2
+    assert found["expected"] == expected and found["ffn_share"] == 0.6
+    assert list(found["sent"].values()) == [expected] * 4
+    assert sorted(found["seconds"]) == ["at home", "layer", "plain", "rows", "waiting"]
+    assert f"results back: {expected:,} bytes to other ranks, of {expected:,} expected" in said
+
+
+@pytest.mark.dist
+def test_saving_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
+    settings = sets("deepspeed=ds_configs/zero2_fp32.json", "train.precision=fp32", "model.num_layers=1")
+    folder = tmp_path / "not/yet/there"
+    found, said = _bench(tmp_path, "save", QUICKSTART, "--folder", str(folder), "--repeats", "2", *settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["found.json", "out.log"]
+    assert found["ranks"] == len(found["fragment_bytes"]) == 2 and min(found["fragment_bytes"]) > 2**20
+    kinds = ["background", "foreground", "plain"]
+    assert sorted(found["seconds"]) == kinds and {len(times) for times in found["seconds"].values()} == {2}
+    assert sorted(found["of_plain"]) == kinds[:2]
+    assert sorted(found["memory_bytes"]) == ["background", "foreground", "load"]
+    assert "2 ranks, up to " in said and " of the plain write" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["save", QUICKSTART, "--folder", ".", "--repeats", "0"], "should be greater than or equal to 1"),
+        (["all2all", "--ranks", "1"], "1 ranks cannot share 8 FFN experts between them; use 2, 4, 8"),
+        (["step", "launch/recipes/xmoe_64x384.yaml"], "top_k None"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments: list[str], words: str) -> None:
+    command = [sys.executable, "-m", "moepp_ds", "bench", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode and words in " ".join((done.stdout + done.stderr).replace("│", " ").split())
+
+
+def test_memory_of_layers(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    done = CliRunner().invoke(app, ["bench", "memory", "--tokens", "60", "--device", "cpu", "--json", str(file)])
+    assert done.exit_code == 0, done.output
+    peaks = json.loads(file.read_text())["peak_bytes"]
+    assert set(peaks) == {"forward", "forward_backward"} and "MoE++" in peaks["forward"]
+    # gradients of 8 experts' weights are the least there is
+    assert min(peaks["forward_backward"].values()) > 3 * 768 * 2048 * 4 and "of MoE++" in done.output
