@@ -69,6 +69,29 @@ def estimate(
 
 
 @app.command()
+def profile(
+    path: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file")],
+    out: Annotated[Path, typer.Option(help="folder for the traces, one file a rank")],
+    ranks: bench_commands.Ranks = None,
+    micro_batches: bench_commands.MicroBatches = 1,
+    overrides: Overrides = None,
+) -> None:
+    """Write a trace of one update, for chrome://tracing or ui.perfetto.dev, with the model's modules as regions."""
+    from moepp_ds.bench.on_ranks import on_ranks
+
+    loaded = load_recipe(path, overrides or [])
+    with on_ranks(ranks or loaded.parallel.expert_parallel) as joined:
+        from moepp_ds.bench.profile import profile_update
+        from moepp_ds.bench.step import load_shortened
+
+        shortened = load_shortened(path, overrides or [], world=joined.world, micro_batches=micro_batches)
+        table = profile_update(shortened, joined, out)
+        if joined.is_first:
+            typer.echo(table)
+            typer.echo(f"traces of {joined.world} ranks are in {out}")
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="folder of a run")],
     below: Annotated[str | None, typer.Option(help="fail unless every source beats this: bigram, unigram")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -21,11 +22,18 @@ QUICKSTART = "launch/recipes/quickstart.yaml"
 
 def _bench(tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """What `moepp bench` says on two ranks: its JSON, its words."""
-    log, file = tmp_path / "out.log", tmp_path / "found.json"
-    command = [sys.executable, "-m", "moepp_ds", "bench", *arguments, "--ranks", "2", "--json", str(file)]
+    file = tmp_path / "found.json"
+    said = _moepp(tmp_path, "bench", *arguments, "--ranks", "2", "--json", str(file))
+    return json.loads(file.read_text()), said
+
+
+def _moepp(tmp_path: Path, *arguments: str) -> str:
+    """What the command says, its lines joined."""
+    log = tmp_path / "out.log"
+    command = [sys.executable, "-m", "moepp_ds", *arguments]
     code = run_in_group(command, {**os.environ, "DS_ACCELERATOR": "cpu"}, log, 180.0)
     assert code == 0, log.read_text()[-3000:]
-    return json.loads(file.read_text()), " ".join(log.read_text().split())
+    return " ".join(log.read_text().split())
 
 
 @pytest.mark.dist
@@ -72,6 +80,20 @@ def test_saving_is_measured_and_leaves_nothing(tmp_path: Path) -> None:
     assert "2 ranks, up to " in said and " of the plain write" in said
 
 
+@pytest.mark.dist
+def test_a_trace_names_what_runs(tmp_path: Path) -> None:
+    """On the two ranks that the recipe's experts are spread over."""
+    out = tmp_path / "new/traces"
+    said = _moepp(tmp_path, "profile", QUICKSTART, "--out", str(out), *sets("model.num_layers=2", "data.seq_len=16"))
+    assert f"traces of 2 ranks are in {out}" in said
+    for rank in range(2):
+        events = json.loads(gzip.decompress((out / f"rank{rank}.json.gz").read_bytes()))["traceEvents"]
+        names = {event["name"] for event in events}
+        modules = {"model", "embedding", "blocks.0.attention", "blocks.1.moe", "blocks.1.moe.router"}
+        operators = {"_Take", "_AllToAllRows", "_SwiGLUByExpertBackward", "_ScaleAndConstants", "_MeanTokenLoss"}
+        assert modules | operators | {"backward", "optimizer step"} <= names
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -94,3 +116,15 @@ def test_memory_of_layers(tmp_path: Path) -> None:
     assert set(peaks) == {"forward", "forward_backward"} and "MoE++" in peaks["forward"]
     # gradients of 8 experts' weights are the least there is
     assert min(peaks["forward_backward"].values()) > 3 * 768 * 2048 * 4 and "of MoE++" in done.output
+
+
+def test_growth_of_a_layer(tmp_path: Path) -> None:
+    options = ["--tokens", "16", "--repeats", "1", "--device", "cpu", "--json", str(tmp_path / "found.json")]
+    done = CliRunner().invoke(app, ["bench", "growth", *options])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [(row["growing"], row["tokens"], row["num_ffn"]) for row in rows] == [
+        *(("tokens", tokens, 8) for tokens in (16, 32, 64, 128)),
+        *(("experts", 128, experts) for experts in (8, 16, 32, 64)),
+    ]
+    assert [rows[at][name] for at in (0, 4) for name in ("forward", "forward_backward")] == [1.0] * 4

@@ -27,7 +27,8 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key: model.num_layers=4")
 ]
-Ranks = Annotated[int, typer.Option(min=1, help="processes to start here; more hosts: under the deepspeed launcher")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="processes to start; default: parallel.expert_parallel")]
+MicroBatches = Annotated[int, typer.Option(min=1, help="of a rank in an update")]
 
 MICRO_BATCH = 16384
 """Tokens of the 0.6B recipe's micro batch. Far fewer leave an expert too few rows for fast products at a small tau."""
@@ -123,11 +124,40 @@ def memory(
 
 
 @app.command()
+def growth(
+    preset: Preset = "0.6b",
+    tau: Annotated[float, typer.Option(help="of MoE++, in (0, 1]")] = 0.75,
+    tokens: Annotated[int, typer.Option(min=1, help="the fewest; the most are 8 times as many")] = 4096,
+    dtype: Dtype = "fp32",
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    device: Device = None,
+    json: Json = None,
+) -> None:
+    """The time of a token in a MoE++ layer with more tokens, and with more experts."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from moepp_ds.bench.growth import bench_growth, print_growth
+    from moepp_ds.bench.presets import PRESETS
+
+    check_place(json)
+    try:
+        found = _machine(dtype, threads, device)
+        result = bench_growth(PRESETS[preset], _tau(str(tau)), tokens=tokens, repeats=repeats, **found)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--tau") from None
+    write_json(json, {"preset": preset, "tau": tau, "dtype": dtype, "repeats": repeats, **asdict(result)})
+    print_growth(result, Console())
+
+
+@app.command()
 def step(
     path: RecipeFile,
-    ranks: Ranks = 1,
+    ranks: Ranks = None,
     overrides: Overrides = None,
-    micro_batches: Annotated[int, typer.Option(min=1, help="of a rank in an update")] = 1,
+    micro_batches: MicroBatches = 1,
     repeats: Repeats = 7,
     json: Json = None,
 ) -> None:
@@ -137,9 +167,11 @@ def step(
     from rich.console import Console
 
     from moepp_ds.bench.on_ranks import on_ranks
+    from moepp_ds.config import load_recipe
 
     check_place(json)
-    with on_ranks(ranks) as joined:
+    loaded = load_recipe(path, overrides or [])
+    with on_ranks(ranks or loaded.parallel.expert_parallel) as joined:
         from moepp_ds.bench.step import bench_step, load_both, print_step
 
         recipes = load_both(path, overrides or [], world=joined.world, micro_batches=micro_batches)
@@ -152,7 +184,7 @@ def step(
 @app.command()
 def all2all(
     preset: Preset = "0.6b",
-    ranks: Ranks = 2,
+    ranks: Annotated[int, typer.Option(help="processes to start, at least 2")] = 2,
     tau: Annotated[float, typer.Option(help="of MoE++, in (0, 1]")] = 0.75,
     tokens: Annotated[int, typer.Option(min=1, help="of each rank")] = MICRO_BATCH,
     dtype: Dtype = "fp32",
@@ -186,7 +218,7 @@ def all2all(
 def save(
     path: RecipeFile,
     folder: Annotated[Path, typer.Option(help="on the disk to be measured; left as it was, or made and removed")],
-    ranks: Ranks = 1,
+    ranks: Ranks = None,
     overrides: Overrides = None,
     repeats: Annotated[int, typer.Option(min=1, help="of each kind of write")] = 5,
     json: Json = None,
@@ -196,10 +228,11 @@ def save(
     from moepp_ds.config import load_recipe
 
     check_place(json)
-    with on_ranks(ranks) as joined:
+    loaded = load_recipe(path, overrides or [])
+    with on_ranks(ranks or loaded.parallel.expert_parallel) as joined:
         from moepp_ds.bench.save import bench_save, report
 
-        result = bench_save(load_recipe(path, overrides or []), joined, folder, repeats=repeats)
+        result = bench_save(loaded, joined, folder, repeats=repeats)
         if joined.is_first:
             write_json(json, result)
             print("\n".join(report(result)), flush=True)

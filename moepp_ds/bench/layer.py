@@ -120,6 +120,14 @@ def _seats(sizes: LayerSizes, kinds: ExpertKinds, tau: float) -> Callable[[int],
     return seats
 
 
+def own_case(sizes: LayerSizes, tau: float, *, tokens: int, dtype: torch.dtype, device: torch.device) -> Graph:
+    """A MoE++ layer alone, its tokens routed in balance. Raises ValueError for a tau that cannot be in balance."""
+    torch.manual_seed(0)
+    choices = [balanced_choices(sizes.kinds, tau=tau, tokens=tokens, top_k=sizes.top_k)]
+    x_TD, (weight_ED,) = steered_tokens(choices, [sizes.kinds.total], hidden_size=sizes.hidden_size)
+    return _own(_layer(sizes, sizes.kinds, tau, weight_ED.to(device, dtype), dtype), x_TD.to(device, dtype))
+
+
 def _own(layer: MoELayer, x_TD: Tensor) -> Graph:
     """What a training step asks of a layer: the output and the balance loss."""
     x_TD = x_TD.detach().requires_grad_()

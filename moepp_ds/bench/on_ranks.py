@@ -9,7 +9,8 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from moepp_ds.agreement import gather
+from moepp_ds.agreement import AgreedError, gather
+from moepp_ds.config import RecipeError
 from moepp_ds.engine import Ranks, join_ranks
 from moepp_ds.supervisor.hosts import free_port
 from moepp_ds.timing import keep_memory, seconds_of, take_turns
@@ -20,13 +21,16 @@ def on_ranks(count: int) -> Iterator[Ranks]:
     """Run the block, and the whole command around it, on every rank.
 
     A process that no launcher has started becomes the `deepspeed` launcher of its own command line on `count` ranks of
-    this machine; one that is a rank joins the others.
+    this machine; one that is a rank joins the others. What all ranks agree cannot be is a RecipeError.
     """
     if "RANK" not in os.environ and count > 1:
         _start_ranks(count)
     keep_memory()
     ranks = join_ranks()
-    yield ranks
+    try:
+        yield ranks
+    except AgreedError as error:
+        raise RecipeError(str(error)) from None
     dist.destroy_process_group()
 
 

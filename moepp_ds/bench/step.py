@@ -67,9 +67,16 @@ class StepResult:
     seconds: dict[str, list[float]]
 
 
-def load_both(path: Path, overrides: Sequence[str], *, world: int, micro_batches: int) -> dict[str, Recipe]:
-    """The recipe and its vanilla twin, with so many micro batches for a rank in an update. Raises RecipeError."""
+def load_shortened(path: Path, overrides: Sequence[str], *, world: int, micro_batches: int) -> Recipe:
+    """A recipe with so many micro batches for a rank in an update. Raises RecipeError."""
     given = load_recipe(path, overrides)
+    rows = micro_batches * given.train.micro_batch_size * world
+    return load_recipe(path, [*overrides, f"train.batch_tokens={rows * given.data.seq_len}"])
+
+
+def load_both(path: Path, overrides: Sequence[str], *, world: int, micro_batches: int) -> dict[str, Recipe]:
+    """The recipe, shortened, and its vanilla twin. Raises RecipeError."""
+    given = load_shortened(path, overrides, world=world, micro_batches=micro_batches)
     moe = given.model.moe
     if moe.num_zero_computation == 0 or moe.top_k is None or given.train.activation_checkpointing:
         raise RecipeError(
@@ -77,17 +84,15 @@ def load_both(path: Path, overrides: Sequence[str], *, world: int, micro_batches
             f"train.activation_checkpointing {given.train.activation_checkpointing}: what is measured is a MoE++ "
             "recipe with top_k, without recomputation, beside its vanilla twin; give another one, or --set them"
         )
-    rows = micro_batches * given.train.micro_batch_size * world
-    both = [*overrides, f"train.batch_tokens={rows * given.data.seq_len}"]
-    twin = [*both, *(f"model.moe.{setting}" for setting in TWIN)]
-    return {OWN: load_recipe(path, both), VANILLA: load_recipe(path, twin)}
+    twin = [*overrides, *(f"model.moe.{setting}" for setting in TWIN)]
+    return {OWN: given, VANILLA: load_shortened(path, twin, world=world, micro_batches=micro_batches)}
 
 
 def bench_step(recipes: dict[str, Recipe], ranks: Ranks, *, repeats: int) -> StepResult:
     """Measure updates of these recipes in turns; the same result on every rank. Collective."""
     torch.manual_seed(ranks.rank)
     engines = {name: _engine(recipe, ranks) for name, recipe in recipes.items()}
-    actions = {name: partial(_update, engines[name], recipe, ranks) for name, recipe in recipes.items()}
+    actions = {name: partial(one_update, engines[name], recipe, ranks) for name, recipe in recipes.items()}
     bytes_sent = {name: _traffic(engines[name], recipes[name], action) for name, action in actions.items()}
     seconds = take_turns_on_ranks(actions, repeats=repeats)
     flops = {
@@ -131,8 +136,8 @@ def _force(layer: MoELayer, tokens: int, ranks: Ranks, *, seed: int) -> None:
     layer.router._choose = lambda preference_TE, probability_TE: (expert_TK, None)  # type: ignore[method-assign]
 
 
-def _update(engine: Any, recipe: Recipe, ranks: Ranks) -> None:
-    """One update on tokens at random."""
+def one_update(engine: Any, recipe: Recipe, ranks: Ranks) -> None:
+    """Train once on tokens at random. Collective."""
     rows = recipe.train.micro_batch_size
     generator = np.random.default_rng(ranks.rank)
     batches = [
