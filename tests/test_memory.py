@@ -14,6 +14,7 @@ import torch
 from programs import tiny
 from torch import Tensor
 
+from moepp_ds import products
 from moepp_ds.agreement import AgreedError
 from moepp_ds.config import Recipe, RecipeError, count_parameters, load_recipe
 from moepp_ds.ds_config import deepspeed_config
@@ -180,9 +181,15 @@ def test_activation_checkpointing_keeps_less() -> None:
     assert 0 < found[0] < found[1] / 3
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 without units"])
 @pytest.mark.parametrize("setting", ["model.moe.every=1", "model.moe.every=2", "model.qk_norm=full"])
-def test_activations_are_about_what_the_graph_keeps(setting: str, precision: str) -> None:
+def test_activations_are_about_what_the_graph_keeps(
+    setting: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if precision == "bf16 without units":
+        monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: False)
+    elif precision == "bf16":
+        monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: True)
     sizes = "num_layers=4 hidden_size=256 num_heads=4 ffn_hidden_size=512 vocab_size=1024".split()
     batch = ["data.seq_len=256", "train.micro_batch_size=4", "train.batch_tokens=1024"]
     config = ["deepspeed=ds_configs/zero2_fp32.json", "train.precision=fp32"] if precision == "fp32" else []
@@ -190,7 +197,7 @@ def test_activations_are_about_what_the_graph_keeps(setting: str, precision: str
     recipe = load_recipe(ROOT / "launch/recipes/moepp_0.6b.yaml", overrides)
     model = MoEPlusPlusModel(recipe.model, eos_id=0)
     initialize(model, seed=0, std=0.02)
-    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
     weights, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
 
     def keep(tensor: Tensor) -> Tensor:

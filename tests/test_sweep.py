@@ -110,7 +110,7 @@ def test_operations_by_hand(runs: Path) -> None:
     found = measure(loaded(runs))
     attention = 2 * 4 * 32 * 32 + 2 * 2 * 64 * 32  # four projections; scores and values over all positions
     router = 2 * 8 * 32
-    constants = 2 * 2 * 2 * 32 + 2 * 2 * 32  # selectors [2, 2, D], values [2, D]
+    constants = 2 * 2 * 32 + 2 * 2 * 32  # of the selectors [2, 2, D] their difference, values [2, D]
     experts = found.ffn_experts * 6 * 32 * 48
     everything = 3 * (attention + router + constants + experts) + 2 * 2 * 8 * 8 + 2 * 32 * 512
     assert found.flops == pytest.approx(everything, rel=1e-12)

@@ -34,6 +34,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from moepp_ds.config import Recipe
 from moepp_ds.expert_parallel import ExpertParallelMoE, parameter_groups
 from moepp_ds.model import MoEPlusPlusModel
+from moepp_ds.products import product_dtype
 
 Place = Literal["device", "host"]
 FP32 = 4
@@ -191,22 +192,34 @@ def _background_save(recipe: Recipe, groups: Sequence[Group]) -> Iterator[Item]:
 def rough_activations(recipe: Recipe, *, on_cpu: bool) -> int:
     """About what the backward pass of one micro batch finds kept, in bytes: matrices' inputs, the head's gradients.
 
-    With activation checkpointing two residual streams a block and one block's inside. On a CPU an expert's activation
-    is made again, elsewhere it is kept; and there all is kept as wide as fp32, in which a CPU multiplies. Masks,
-    routing and what the allocator leaves unused are not in it.
+    With activation checkpointing two residual streams a block and one block's inside. On a GPU norms keep their input
+    and experts their activation; a CPU keeps norms in fp32, makes an activation again, and where it has no bf16 units
+    multiplies fp32 copies. Masks, routing and what the allocator leaves unused are not in it.
     """
     model, train = recipe.model, recipe.train
     tokens = train.micro_batch_size * recipe.data.seq_len
-    width = FP32 if on_cpu else BYTES_PER_NUMBER[train.precision]
-    inner = 2 if on_cpu else 4  # gate and value; beside them silu of the gate, and its product with the value
-    normed = 0 if model.qk_norm == "none" else 2
-    attention = 4 * model.hidden_size + (2 + normed) * (model.num_heads + model.num_kv_heads) * model.head_dim
+    width = BYTES_PER_NUMBER[train.precision]
+    product, norm, inner = (_product_width(train.precision), FP32, 2) if on_cpu else (width, width, 4)
+    hidden, heads = model.hidden_size, (model.num_heads + model.num_kv_heads) * model.head_dim
+    copies = 2 * hidden if product > width else 0  # queries, keys and values each widen their input
+    attention = norm * (2 * hidden + (0 if model.qk_norm == "none" else 2) * heads)
+    attention += product * (2 * (hidden + heads) + copies)
     used = model.moe.mean_ffn_experts + model.moe.num_shared_experts
-    expert = used * (2 * model.hidden_size + inner * model.expert_ffn_hidden_size) + 3 * model.hidden_size
-    dense = 2 * model.hidden_size + inner * model.ffn_hidden_size
-    blocks = model.num_layers * attention + model.num_moe_layers * expert
-    blocks += (model.num_layers - model.num_moe_layers) * dense
+    of_router = 0 if width == FP32 else FP32 * hidden
+    expert = norm * 2 * hidden + of_router
+    expert += width * (hidden + used * (2 * hidden + inner * model.expert_ffn_hidden_size))
+    dense = norm * 2 * hidden + width * (hidden + inner * model.ffn_hidden_size)
     if train.activation_checkpointing:
-        blocks = 2 * model.num_layers * model.hidden_size + attention + max(expert, dense)
-    of_the_head = FP32 * model.hidden_size * (tokens + model.vocab_size)
-    return round(tokens * blocks * width) + of_the_head
+        kept = width * 2 * model.num_layers * hidden + attention + max(expert, dense)
+    else:
+        moe = model.num_moe_layers
+        kept = model.num_layers * attention + moe * expert + (model.num_layers - moe) * dense
+    of_the_head = FP32 * hidden * (tokens + model.vocab_size)
+    return round(tokens * kept) + of_the_head
+
+
+def _product_width(precision: str) -> int:
+    """Bytes of a number as this machine's CPU multiplies it."""
+    if precision == "bf16":
+        return product_dtype(torch.empty(0, dtype=torch.bfloat16)).itemsize
+    return BYTES_PER_NUMBER[precision]
