@@ -202,15 +202,15 @@ def rough_activations(recipe: Recipe, *, on_cpu: bool) -> int:
     product, norm, inner = (_product_width(train.precision), FP32, 2) if on_cpu else (width, width, 4)
     hidden, heads = model.hidden_size, (model.num_heads + model.num_kv_heads) * model.head_dim
     copies = 2 * hidden if product > width else 0  # queries, keys and values each widen their input
-    attention = norm * (2 * hidden + (0 if model.qk_norm == "none" else 2) * heads)
+    attention: float = norm * (2 * hidden + (0 if model.qk_norm == "none" else 2) * heads)
     attention += product * (2 * (hidden + heads) + copies)
     used = model.moe.mean_ffn_experts + model.moe.num_shared_experts
     of_router = 0 if width == FP32 else FP32 * hidden
-    expert = norm * 2 * hidden + of_router
+    expert: float = norm * 2 * hidden + of_router
     expert += width * (hidden + used * (2 * hidden + inner * model.expert_ffn_hidden_size))
-    dense = norm * 2 * hidden + width * (hidden + inner * model.ffn_hidden_size)
+    dense: float = norm * 2 * hidden + width * (hidden + inner * model.ffn_hidden_size)
     if train.activation_checkpointing:
-        kept = width * 2 * model.num_layers * hidden + attention + max(expert, dense)
+        kept: float = width * 2 * model.num_layers * hidden + attention + max(expert, dense)
     else:
         moe = model.num_moe_layers
         kept = model.num_layers * attention + moe * expert + (model.num_layers - moe) * dense
