@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moepp_ds.products import product_dtype
+from moepp_ds.products import multiply, product_dtype
 
-LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**27}
-"""Numbers in a block of logits by device; a GPU needs more of them to be busy. In fp32 64 and 512 MiB."""
+LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**27}
+"""Numbers in a block of logits by device, in fp32 256 and 512 MiB: the head's gradient is added to once for each."""
 
 
 def token_losses(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor) -> Tensor:
@@ -27,14 +27,16 @@ def token_losses(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor) -> Tensor
     """
     wide_VD = head_VD.to(product_dtype(hidden_TD))
     losses = [
-        torch.nn.functional.cross_entropy(_logits(hidden_TD[at], wide_VD), target_T[at], reduction="none")
+        torch.nn.functional.cross_entropy(
+            _rounded(hidden_TD[at].to(wide_VD.dtype) @ wide_VD.t(), hidden_TD.dtype), target_T[at], reduction="none"
+        )
         for at in _token_blocks(hidden_TD, head_VD)
     ]
     return torch.cat(losses)
 
 
 def mean_token_loss(hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor) -> Tensor:
-    """The mean of `token_losses`, a scalar, for training: it may be differentiated once."""
+    """The mean of `token_losses`, a scalar, for training: it may be differentiated once. No target may be left out."""
     wanted = torch.is_grad_enabled() and (hidden_TD.requires_grad or head_VD.requires_grad)
     return _MeanTokenLoss.apply(hidden_TD, head_VD, target_T, wanted)
 
@@ -50,15 +52,16 @@ class _MeanTokenLoss(torch.autograd.Function):
         of_hidden_TD = hidden_TD.new_empty(hidden_TD.shape if wanted else (0,), dtype=dtype)
         of_head_VD = hidden_TD.new_zeros(head_VD.shape if wanted else (0,), dtype=dtype)
         for at in _token_blocks(hidden_TD, head_VD):
-            logits_BV, target_B1 = _logits(hidden_TD[at], wide_VD), target_T[at].unsqueeze(-1)
-            lse_B1 = torch.logsumexp(logits_BV, dim=-1, keepdim=True)
-            loss_T[at] = (lse_B1 - logits_BV.gather(-1, target_B1)).squeeze(-1)
+            hidden_BD, target_B1 = hidden_TD[at].to(wide_VD.dtype), target_T[at].unsqueeze(-1)
+            logits_BV = _rounded(multiply(hidden_BD, wide_VD.t()), hidden_TD.dtype)
+            log_BV = torch.log_softmax(logits_BV, dim=-1)
+            del logits_BV
+            own_B1 = log_BV.gather(-1, target_B1)
+            loss_T[at] = -own_B1.squeeze(-1)
             if wanted:
-                pull_BV = logits_BV.sub_(lse_B1).exp_()
-                pull_BV.scatter_add_(-1, target_B1, torch.full_like(lse_B1, -1.0))
-                pull_BV = pull_BV.to(wide_VD.dtype)
-                of_hidden_TD[at] = pull_BV @ wide_VD
-                _add_product(of_head_VD, pull_BV.t(), hidden_TD[at].to(wide_VD.dtype))
+                pull_BV = log_BV.exp_().scatter_add_(-1, target_B1, torch.full_like(own_B1, -1.0)).to(wide_VD.dtype)
+                multiply(pull_BV, wide_VD, out=of_hidden_TD[at])
+                of_head_VD += _sum_of_products(pull_BV.t(), hidden_BD)
         ctx.save_for_backward(of_hidden_TD, of_head_VD)
         ctx.dtypes = hidden_TD.dtype, head_VD.dtype
         return loss_T.mean()
@@ -74,18 +77,19 @@ class _MeanTokenLoss(torch.autograd.Function):
         return found[0], found[1], None, None
 
 
-def _add_product(onto: Tensor, left: Tensor, right: Tensor) -> None:
-    """onto += left @ right, also where the product is narrower than the sum."""
-    if onto.dtype == left.dtype:
-        onto.addmm_(left, right)
-    else:
-        onto += left @ right
+def _sum_of_products(left_VB: Tensor, right_BD: Tensor) -> Tensor:
+    """left @ right where it may be beyond fp16: no loss scale has made these gradients smaller yet."""
+    if left_VB.is_cuda and left_VB.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left_VB, right_BD, out_dtype=torch.float32)
+    if left_VB.dtype == torch.float16:
+        return left_VB.float() @ right_BD.float()
+    return multiply(left_VB, right_BD)
 
 
-def _logits(hidden_BD: Tensor, wide_VD: Tensor) -> Tensor:
-    """In fp32 at least, once rounded to the dtype of the hidden states as those of a whole product are."""
-    logits_BV = (hidden_BD.to(wide_VD.dtype) @ wide_VD.t()).to(hidden_BD.dtype)
-    return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+def _rounded(product_BV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits in fp32 at least, once rounded to the dtype of the hidden states as those of a whole product are."""
+    logits_BV = product_BV.to(dtype)
+    return logits_BV.to(torch.promote_types(dtype, torch.float32))
 
 
 def _token_blocks(hidden_TD: Tensor, head_VD: Tensor) -> Iterator[slice]:

@@ -3,9 +3,9 @@
 * parameters and FLOPs by `config.derived`, memory of one rank by `memory.plan`
 * all-to-all: an FFN assignment whose expert is on another rank travels there and back, its gradient too, as D numbers.
   In balance (P - 1) / P of them leave a rank of P; recomputed activations travel once more
-* time: the FLOPs of an update, three times those of the forward pass (four where activations are recomputed), at a
-  share of what the device can do. Communication that does not hide behind products, the optimizer and data are in that
-  share: measure it once for a cluster, then it carries over
+* time: the FLOPs of an update, three times those of the forward pass, and where activations are recomputed all but
+  routers and head once more, at a share of what the device can do. Communication that does not hide behind products,
+  the optimizer and data are in that share: measure it once for a cluster, then it carries over
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-from moepp_ds.config import Recipe, RecipeError, count_parameters, flops_per_token
+from moepp_ds.config import Recipe, RecipeError, count_parameters, flops_per_token, recomputed_flops_per_token
 from moepp_ds.ds_config import deepspeed_config
 from moepp_ds.load import default_device
 from moepp_ds.memory.check import table
 from moepp_ds.memory.plan import BYTES_PER_NUMBER, MemoryPlan, plan_memory
-from moepp_ds.products import product_dtype
+from moepp_ds.products import multiply, product_dtype
 from moepp_ds.timing import seconds_of
 
 THIS_MACHINE = "this"
-_SIDE = 2048
+_SIDE = {"cpu": 2048, "cuda": 8192}
 _PRODUCTS = 7
 
 
@@ -97,9 +97,11 @@ def estimate(recipe: Recipe, world: int, *, device: str, utilization: float) -> 
     on = _this_machine(recipe) if device == THIS_MACHINE else _named(device, recipe)
     on_cpu = device == THIS_MACHINE and default_device().type == "cpu"
     memory = plan_memory(recipe, deepspeed_config(recipe, world), world, on_cpu=on_cpu)
-    passes = 4 if recipe.train.activation_checkpointing else 3
     forward = flops_per_token(recipe.model, recipe.data.seq_len)
-    flops = passes * forward * recipe.train.batch_tokens / world
+    per_token = 3 * forward
+    if recipe.train.activation_checkpointing:
+        per_token += recomputed_flops_per_token(recipe.model, recipe.data.seq_len)
+    flops = per_token * recipe.train.batch_tokens / world
     seconds = flops / (utilization * on.flops)
     parameters = count_parameters(recipe.model)
     return Estimate(
@@ -147,10 +149,11 @@ def _this_machine(recipe: Recipe) -> Device:
     device = default_device()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.train.precision]
     dtype = product_dtype(torch.empty(0, dtype=dtype, device=device))
-    left, right = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
-    seconds = [seconds_of(lambda: left @ right) for _ in range(_PRODUCTS)]
+    side = _SIDE["cpu" if device.type == "cpu" else "cuda"]  # the clock of a GPU takes as long as a small product
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    seconds = [seconds_of(lambda: multiply(left, right)) for _ in range(_PRODUCTS)]
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    return Device(2 * _SIDE**3 / median(seconds), memory)
+    return Device(2 * side**3 / median(seconds), memory)
 
 
 def print_estimate(found: Estimate, recipe: Recipe) -> None:

@@ -105,7 +105,7 @@ class AllToAll:
         Exactly the rows given travel, however uneven: no padding to the fullest expert.
         """
         num_local = len(counts) // dist.get_world_size(self.group)
-        mine_E = torch.tensor(counts, device=rows_RD.device)
+        mine_E = torch.tensor(counts).to(rows_RD.device, non_blocking=True)
         theirs_E = torch.empty_like(mine_E)
         dist.all_to_all_single(theirs_E, mine_E, group=self.group)
         counts_PE = theirs_E.view(-1, num_local).tolist()
@@ -113,7 +113,7 @@ class AllToAll:
         received = [sum(row) for row in counts_PE]
         work: list[Any] = []
         rows_QD = _AllToAllRows.apply(rows_RD, sent, received, self.group, work)
-        order_Q = _order_by_expert(counts_PE).to(rows_RD.device)
+        order_Q = _order_by_expert(counts_PE).to(rows_RD.device, non_blocking=True)
         local_counts = [sum(column) for column in zip(*counts_PE)]
         return _InFlight(rows_QD, order_Q, local_counts, sent, received, self.group, work)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -21,9 +22,15 @@ def _check_counts(rows_RX: Tensor, num_experts: int, counts: Sequence[int]) -> N
         )
 
 
-def _is_aligned(dtype: torch.dtype, widths: Sequence[int]) -> bool:
-    """grouped_mm takes bf16, fp16 and fp32 with rows of a multiple of 16 bytes."""
-    return dtype != torch.float64 and all(width * dtype.itemsize % 16 == 0 for width in widths)
+def _has_grouped_kernel(rows_RX: Tensor, widths: Sequence[int], counts: Sequence[int]) -> bool:
+    """Whether PyTorch multiplies all groups in one kernel: bf16, rows of a multiple of 16 bytes, Hopper or Blackwell.
+
+    On Blackwell the weight gradient of a group without rows is not 0 (pytorch issue 172439).
+    """
+    if not rows_RX.is_cuda or rows_RX.dtype != torch.bfloat16 or any(2 * width % 16 for width in widths):
+        return False
+    generation, _ = torch.cuda.get_device_capability(rows_RX.device)
+    return generation == 9 or (generation == 10 and 0 not in counts)
 
 
 class FFNExperts(nn.Module):
@@ -43,16 +50,18 @@ class FFNExperts(nn.Module):
         Every expert takes part in the graph, also with no rows, so every expert has a gradient on every rank:
         DeepSpeed's reduction waits for each parameter.
 
-        backend: `grouped_mm` is one kernel for all experts and the fast path on a GPU, on a CPU a loop inside;
-        `slices` takes one expert after the other, in every dtype and width. `auto` picks.
+        backend: `grouped_mm` is one kernel for all experts where PyTorch has it, for bf16 on Hopper and later;
+        elsewhere it is a loop that waits for the GPU. `slices` takes one expert after the other, in every dtype and
+        width. `auto` picks.
         """
         _check_counts(rows_RD, len(self.gate_up_EDG), counts)
         if backend == "auto":
             widths = (rows_RD.shape[-1], self.down_EFD.shape[1])
-            backend = "grouped_mm" if rows_RD.is_cuda and _is_aligned(rows_RD.dtype, widths) else "slices"
+            backend = "grouped_mm" if _has_grouped_kernel(rows_RD, widths, counts) else "slices"
         if backend == "slices":
             return swiglu_by_expert(rows_RD, self.gate_up_EDG, self.down_EFD, counts)
-        ends_E = torch.tensor(counts, device=rows_RD.device).cumsum(0).to(torch.int32)
+        # made on the host and copied without waiting for the GPU
+        ends_E = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(rows_RD.device, non_blocking=True)
         product_RG = nn.functional.grouped_mm(rows_RD, self.gate_up_EDG, offs=ends_E)
         gate_RF, value_RF = product_RG.chunk(2, dim=-1)
         return nn.functional.grouped_mm(nn.functional.silu(gate_RF) * value_RF, self.down_EFD, offs=ends_E)

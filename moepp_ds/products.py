@@ -16,6 +16,7 @@ any width, in and out. A digit is an axis of that length; S1 is S + 1.
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,10 +28,35 @@ def _cpu_multiplies_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+@lru_cache(maxsize=None)
+def _cpu_is_amd() -> bool:
+    """Likewise."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def product_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which products of `tensor` are fastest without losing precision: its own, or fp32."""
     slow = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not _cpu_multiplies_bf16()
     return torch.float32 if slow else tensor.dtype
+
+
+def multiply(left_XY: Tensor, right_YO: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """left @ right for operators that know their own gradients, rounded into `out` if it is given; there is no graph.
+
+    PyTorch multiplies fp32 on a CPU with MKL, whose fastest kernels are for Intel's processors. On AMD's oneDNN, which
+    PyTorch brings as well, is 1.2 to 1.4 times as fast, three times for some tens of rows (two cores of Zen 4).
+    """
+    is_fp32_on_cpu = left_XY.device.type == "cpu" and left_XY.dtype == right_YO.dtype == torch.float32
+    if is_fp32_on_cpu and _cpu_is_amd() and torch.backends.mkldnn.enabled and left_XY.numel() and right_YO.numel():
+        product_XO = torch.ops.mkldnn._linear_pointwise(left_XY, right_YO.t(), None, "none", [], "")
+    elif out is not None and out.dtype == left_XY.dtype:
+        return torch.mm(left_XY, right_YO, out=out)
+    else:
+        product_XO = left_XY @ right_YO
+    return product_XO if out is None else out.copy_(product_XO)
 
 
 def linear(x: Tensor, weight_OX: Tensor) -> Tensor:

@@ -163,13 +163,14 @@ def _counting(loaded: LoadedModel) -> Iterator[_Counts]:
 
 
 def flop_counter() -> FlopCounterMode:
-    """torch's counter, with the two products of this project that it does not know: they would count as nothing."""
+    """torch's counter, with the products of this project that it does not know: they would count as nothing."""
     aten = torch.ops.aten
     return FlopCounterMode(
         display=False,
         custom_mapping={
             aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
             aten._grouped_mm: _grouped_flops,
+            torch.ops.mkldnn._linear_pointwise: _linear_flops,
         },
     )
 
@@ -182,6 +183,11 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *arg
 def _grouped_flops(rows: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
     """Of R rows, each multiplied by one of E matrices: shapes [R, X] and [E, X, O]."""
     return 2 * rows[0] * weight[1] * weight[2]
+
+
+def _linear_flops(left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Of oneDNN's product of [X, Y] and a transposed [O, Y]."""
+    return 2 * left[0] * left[1] * right[0]
 
 
 def as_json(loaded: LoadedModel, plan: Sweep, points: Sequence[Measurement]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moepp_ds.products import product_dtype
+from moepp_ds.products import multiply, product_dtype
 
 _aten = torch.ops.aten
 
@@ -45,13 +45,13 @@ class _SwiGLUByExpert(torch.autograd.Function):
             count = at.stop - at.start
             in_place = wanted and dtype == rows_RD.dtype
             product_BG = kept_RG[at] if in_place else product_CG[:count]
-            torch.mm(rows_RD[at].to(dtype), gate_up_EDG[e].to(dtype), out=product_BG)
+            multiply(rows_RD[at].to(dtype), gate_up_EDG[e].to(dtype), out=product_BG)
             if wanted and not in_place:
                 kept_RG[at] = product_BG
             gate_BF, value_BF = product_BG.split(width, dim=1)
             hidden_BF = hidden_CF[:count]
             _aten.silu.out(gate_BF, out=hidden_BF)
-            _multiply_into(out_RD[at], hidden_BF.mul_(value_BF), down_EFD[e].to(dtype))
+            multiply(hidden_BF.mul_(value_BF), down_EFD[e].to(dtype), out=out_RD[at])
         ctx.counts = counts
         ctx.save_for_backward(rows_RD, gate_up_EDG, down_EFD, kept_RG)
         return out_RD
@@ -76,17 +76,17 @@ class _SwiGLUByExpert(torch.autograd.Function):
             )
             grad_BD = grad_RD[at].to(dtype)
             gate_BF, value_BF = kept_RG[at].to(dtype).split(width, dim=1)
-            torch.mm(grad_BD, down_EFD[e].to(dtype).t(), out=back_BF)
+            multiply(grad_BD, down_EFD[e].to(dtype).t(), out=back_BF)
             _aten.silu.out(gate_BF, out=silu_BF)
             torch.mul(silu_BF, value_BF, out=hidden_BF)
             torch.mul(silu_BF, back_BF, out=before_BG[:, width:])
             _aten.silu_backward.grad_input(back_BF.mul_(value_BF), gate_BF, grad_input=before_BG[:, :width])
             if of_rows is not None:
-                _multiply_into(of_rows[at], before_BG, gate_up_EDG[e].to(dtype).t())
+                multiply(before_BG, gate_up_EDG[e].to(dtype).t(), out=of_rows[at])
             if of_gate_up is not None:
-                _multiply_into(of_gate_up[e], rows_RD[at].to(dtype).t(), before_BG)
+                multiply(rows_RD[at].to(dtype).t(), before_BG, out=of_gate_up[e])
             if of_down is not None:
-                _multiply_into(of_down[e], hidden_BF.t(), grad_BD)
+                multiply(hidden_BF.t(), grad_BD, out=of_down[e])
         return of_rows, of_gate_up, of_down, None, None
 
 
@@ -96,11 +96,3 @@ def _blocks(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     for e, count in enumerate(counts):
         yield e, slice(start, start + count)
         start += count
-
-
-def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out = left @ right, rounded where the product is wider."""
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left @ right)

@@ -97,9 +97,13 @@ def _sums_by_token(rows_RD: Tensor, gate_R: Tensor | None, rows: TokenRows) -> I
     starts = [0] if len(blocks) < 2 else rows.first_T[:: blocks[0].stop].tolist()
     for at, start, stop in zip(blocks, starts, [*starts[1:], len(rows.row_R)]):
         row_B = rows.row_R[start:stop]
+        if rows_RD.dtype == dtype:
+            number_B, row_BD = row_B, rows_RD
+        else:
+            number_B, row_BD = torch.arange(len(row_B), device=row_B.device), rows_RD.index_select(0, row_B).to(dtype)
         yield at, torch.nn.functional.embedding_bag(
-            torch.arange(len(row_B), device=row_B.device),
-            rows_RD.index_select(0, row_B).to(dtype),
+            number_B,
+            row_BD,
             rows.first_T[at] - start,
             mode="sum",
             per_sample_weights=None if gate_R is None else gate_R[row_B],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from loaded_models import start_run
 from typer.testing import CliRunner
 
 from moepp_ds.__main__ import app
@@ -94,3 +95,16 @@ def test_command(tmp_path: Path) -> None:
     assert "of ideal" in done.output
     for taus in ("0", "2", "x"):
         assert CliRunner().invoke(app, ["bench", "experts", *options, "--taus", taus]).exit_code == 2
+
+
+def test_a_trained_model_is_measured_by_its_own_routing(tmp_path: Path) -> None:
+    """Of the golden recipe's model, at its start: 2 held-out rows of 64 tokens, 3 MoE layers, 2 choices a token."""
+    start_run(tmp_path / "run", std=0.3)
+    options = ["--rows", "2", "--repeats", "1", "--device", "cpu", "--json", str(tmp_path / "found.json")]
+    done = CliRunner().invoke(app, ["bench", "trained", str(tmp_path / "run"), *options])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["tokens"] == 128 and [row["layer"] for row in found["rows"]] == [0, 1, 2]
+    for row in found["rows"]:
+        assert 0 < row["ffn_share"] < 1 and row["ideal"] == pytest.approx(1 / row["ffn_share"])
+        assert 1 <= row["fullest"] <= 4 and row["measured"] > 0 and row["measured_backward"] > 0

@@ -90,3 +90,13 @@ def test_large_logits_are_finite() -> None:
     loss = mean_token_loss(hidden_TD, torch.tensor([[1.0], [-1.0]]), torch.tensor([1]))
     loss.backward()
     assert loss.item() == 600 and hidden_TD.grad is not None and hidden_TD.grad.item() == 2
+
+
+def test_a_sum_beyond_fp16_before_the_loss_scale_is_no_overflow() -> None:
+    """3,000 tokens of one word: its gradient, before it is divided by their number, is -75,000 in one place."""
+    hidden_TD = torch.full((3000, 2), 25.0, dtype=torch.float16, requires_grad=True)
+    head_VD = torch.zeros(4, 2, dtype=torch.float16, requires_grad=True)
+    loss = mean_token_loss(hidden_TD, head_VD, torch.ones(3000, dtype=torch.int64))
+    (found_VD,) = torch.autograd.grad(loss, [head_VD])
+    expected_V = torch.tensor([0.25, -0.75, 0.25, 0.25]) * 25
+    torch.testing.assert_close(found_VD.float(), expected_V.unsqueeze(-1).expand(4, 2), rtol=2e-3, atol=0)

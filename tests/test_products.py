@@ -1,4 +1,4 @@
-"""Matrix products that are widened on processors without bf16 units: the same numbers, the same dtypes."""
+"""Matrix products by the library and in the dtype that are fast on a processor: the same numbers, the same dtypes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moepp_ds import products
-from moepp_ds.products import linear, product_dtype
+from moepp_ds.products import linear, multiply, product_dtype
 
 
 @pytest.fixture(params=[False, True], ids=["widened", "native"])
@@ -74,3 +74,32 @@ def test_the_dtype_of_x_decides() -> None:
     x_TD, weight_OD = torch.tensor([[1.0, 1 / 512]]), torch.ones(1, 2, dtype=torch.bfloat16)
     out_TO = linear(x_TD, weight_OD)
     assert out_TO.dtype == torch.float32 and out_TO.item() == 1 + 1 / 512
+
+
+@pytest.mark.parametrize("is_amd", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_either_library_multiplies_what_it_is_given(
+    is_amd: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole numbers, so that no order of a sum matters; parts of larger matrices, transposed ones, and none at all."""
+    monkeypatch.setattr(products, "_cpu_is_amd", lambda: is_amd)
+    left_XY, right_YO = whole_numbers(10, 24, seed=6).to(dtype)[2:9, :16], whole_numbers(9, 16, seed=7).to(dtype).t()
+    expected_XO = left_XY.double() @ right_YO.double()
+    for left, right in ((left_XY, right_YO), (left_XY.t().contiguous().t(), right_YO.contiguous())):
+        assert torch.equal(multiply(left, right), expected_XO.to(dtype))
+        for out_dtype in (dtype, torch.bfloat16):
+            out = torch.empty(20, 30, dtype=out_dtype)[3:10, 4:13]
+            assert multiply(left, right, out=out) is out
+            assert torch.equal(out, expected_XO.to(dtype).to(out_dtype))
+    assert multiply(left_XY[:0], right_YO).shape == (0, 9)
+    assert multiply(left_XY[:, :0], right_YO[:0], out=torch.ones(7, 9, dtype=dtype)).eq(0).all()
+
+
+def test_on_amd_fp32_is_multiplied_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_cpu_is_amd", lambda: True)
+    x_TD = torch.ones(2, 3)
+    for enabled in (True, False):
+        with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as found:
+            multiply(x_TD, x_TD.t())
+        names = {event.key for event in found.key_averages()}
+        assert ("mkldnn::_linear_pointwise" in names) == enabled == ("aten::mm" not in names)

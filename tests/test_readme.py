@@ -67,7 +67,7 @@ def bad_run(folder: Path) -> tuple[Path, str]:
     return folder, str(int(rows.name.removeprefix("step-")))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None:
     """In README's order: what one command makes, the next one uses."""
     raw, small = sample_shards.raw, tmp_path / "shards"
@@ -85,6 +85,12 @@ def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None
         "--max_restarts 5 RECIPE": f"--max_restarts 5 {GOLDEN_RECIPE}",
         "replay runs/NAME --step N": f"replay {bad} --step {bad_step}",
         "FOLDER runs/imported --recipe RECIPE": f"{native} {tmp_path / 'imported'} --recipe {GOLDEN_RECIPE}",
+        "bench memory --preset 0.6b": "bench memory --tokens 16",
+        "--preset 0.6b": "--preset 0.6b --tokens 16 --repeats 1",
+        "bench trained runs/NAME": f"bench trained {tmp_path / 'run'} --rows 2 --repeats 1",
+        "bench step RECIPE": f"bench step {GOLDEN_RECIPE} --repeats 1",
+        "bench all2all": "bench all2all --tokens 16 --repeats 1",
+        "profile RECIPE --out traces": f"profile {GOLDEN_RECIPE} --out {tmp_path / 'traces'}",
         "bench save RECIPE --folder DIR": f"bench save {GOLDEN_RECIPE} --folder {tmp_path} --repeats 1",
         "data/shards": str(small),
         "runs/NAME": str(tmp_path / "run"),
@@ -118,7 +124,7 @@ def test_every_command_runs(sample_shards: SampleShards, tmp_path: Path) -> None
         differ = command[:3] == ["moepp", "checkpoint", "diff"]  # as `cmp` says it
         assert done.returncode == int(differ), f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         ran += 1
-    assert ran >= 24
+    assert ran >= 33
 
 
 def test_every_path_that_is_named_exists() -> None:

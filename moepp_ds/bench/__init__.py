@@ -1,6 +1,7 @@
 """Measurements as ratios, each to something named that takes turns with it (`moepp bench`).
 
 * `experts`  what zero-computation experts save of the FFN experts' time, beside what they could
+* `trained`  the same by the routing of a checkpoint
 * `layer`    a whole layer beside its vanilla twin and what a user would pick instead
 * `memory`   what memory these layers take
 * `growth`   a layer's time per token with more tokens, and with more experts

@@ -14,7 +14,7 @@ from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.experts import FFNExperts
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.moe_layer import LayerSettings, MoELayer
-from moepp_ds.products import product_dtype
+from moepp_ds.products import multiply, product_dtype
 from moepp_ds.timing import take_turns
 
 DIRECTIONS = ("forward", "forward_backward")
@@ -50,7 +50,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class PlainProducts:
-    """Nothing but the matrix products of FFN experts, in the dtype in which the machine multiplies fastest.
+    """Nothing but the matrix products of FFN experts, by the library and in the dtype that are fastest here.
 
     Two forward (gate beside value is one) and four more backward, for each expert with `counts[e]` consecutive rows.
     What a layer can be at best, if all else took no time.
@@ -66,17 +66,17 @@ class PlainProducts:
     def forward(self) -> None:
         """x W_gate and x W_up together, then W_down."""
         for at, gate_up_DG, down_FD in self._blocks():
-            torch.mm(self.rows_RD[at], gate_up_DG)
-            torch.mm(self.hidden_RF[at], down_FD)
+            multiply(self.rows_RD[at], gate_up_DG)
+            multiply(self.hidden_RF[at], down_FD)
 
     def forward_backward(self) -> None:
         """The same, and for each product one for its input and one for its weight."""
         self.forward()
         for at, gate_up_DG, down_FD in self._blocks():
-            torch.mm(self.rows_RD[at], down_FD.t())
-            torch.mm(self.hidden_RF[at].t(), self.rows_RD[at])
-            torch.mm(self.product_RG[at], gate_up_DG.t())
-            torch.mm(self.rows_RD[at].t(), self.product_RG[at])
+            multiply(self.rows_RD[at], down_FD.t())
+            multiply(self.hidden_RF[at].t(), self.rows_RD[at])
+            multiply(self.product_RG[at], gate_up_DG.t())
+            multiply(self.rows_RD[at].t(), self.product_RG[at])
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         start = 0

@@ -153,6 +153,32 @@ def growth(
 
 
 @app.command()
+def trained(
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a checkpoint, or of a run: its newest")],
+    rows: Annotated[int, typer.Option(min=1, help="held-out rows that are routed at once")] = 8,
+    dtype: Dtype = "fp32",
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    device: Device = None,
+    overrides: Overrides = None,
+    json: Json = None,
+) -> None:
+    """The experts of a trained model, by its own routing of held-out text, beside their vanilla twin."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from moepp_ds.bench.trained import bench_trained, print_trained
+    from moepp_ds.load import load_model
+
+    check_place(json)
+    loaded = load_model(checkpoint, overrides or [], **_machine(dtype, threads, device))
+    result = bench_trained(loaded, rows=rows, repeats=repeats)
+    write_json(json, {"checkpoint": str(loaded.folder), "dtype": dtype, "repeats": repeats, **asdict(result)})
+    print_trained(result, Console())
+
+
+@app.command()
 def step(
     path: RecipeFile,
     ranks: Ranks = None,

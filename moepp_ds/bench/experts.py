@@ -59,7 +59,7 @@ def bench_experts(
     cases: dict[str, Case] = {}
     for name, owner, tau in [(VANILLA, twin, 1.0), *((f"{tau:g}", layer, tau) for tau in taus)]:
         routes = forced_routes(owner.kinds, tau=tau, tokens=tokens, top_k=sizes.top_k, device=device)
-        cases[name] = _experts(owner, routes, x_TD)
+        cases[name] = experts_case(owner, routes, x_TD)
     seconds = measure(cases, repeats=repeats)
     rows = [_row(seconds, tau, ideal_speedup(sizes.kinds, tau)) for tau in taus]
     return ExpertsResult(machine(device), rows, seconds)
@@ -76,7 +76,7 @@ def _row(seconds: dict[str, dict[str, list[float]]], tau: float, ideal: float) -
     )
 
 
-def _experts(layer: MoELayer, routes: Routes, x_TD: Tensor) -> Graph:
+def experts_case(layer: MoELayer, routes: Routes, x_TD: Tensor) -> Graph:
     """Gradients of everything: the weights, the tokens, and the combine weights, by which the router learns."""
     x_TD, gate_N = (tensor.detach().requires_grad_() for tensor in (x_TD, routes.gate_N))
     constants = () if layer.constants is None else layer.constants.parameters()

@@ -27,17 +27,17 @@ from moepp_ds.moe_layer import MoELayer
 class PerExpertLoop(nn.Module):
     """Equations 1 to 5 of MoE++ one expert after the other, dropless, on the weights of `layer`.
 
-    An FFN expert is three linear layers of its own, as in LLaMA and in the released model.
+    Each FFN expert has two matrices of its own, gate and value in one as in the released model; they share the memory
+    of the layer's.
     """
 
     def __init__(self, layer: MoELayer) -> None:
         super().__init__()
         self.kinds, self.top_k = layer.kinds, layer.settings.router.top_k or 1
         self.router, self.constants = layer.router, layer.constants
-        gate_EDF, up_EDF = layer.experts.gate_up_EDG.detach().chunk(2, dim=-1)
-        self.gate, self.up, self.down = (
-            nn.ParameterList(nn.Parameter(piece.t().contiguous()) for piece in weight)
-            for weight in (gate_EDF, up_EDF, layer.experts.down_EFD.detach())
+        weights = (layer.experts.gate_up_EDG, layer.experts.down_EFD)
+        self.gate_up, self.down = (
+            nn.ParameterList(nn.Parameter(piece) for piece in weight.detach()) for weight in weights
         )
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ class PerExpertLoop(nn.Module):
     def _of_expert(self, expert: int, x_ND: Tensor) -> Tensor:
         ranges = self.kinds.slices()
         if expert < ranges["ffn"].stop:
-            hidden_NF = F.silu(F.linear(x_ND, self.gate[expert])) * F.linear(x_ND, self.up[expert])
-            return F.linear(hidden_NF, self.down[expert])
+            gate_NF, value_NF = (x_ND @ self.gate_up[expert]).chunk(2, dim=-1)
+            return (F.silu(gate_NF) * value_NF) @ self.down[expert]
         if expert in _places(ranges["constant"]):
             assert self.constants is not None
             j = expert - ranges["constant"].start

@@ -1,9 +1,9 @@
 """A whole update of a recipe beside one of its vanilla twin, on real ranks (`moepp bench step`).
 
 Both are trained as `moepp_ds.train` trains them, by DeepSpeed's engine: forward and backward pass of every micro batch,
-exchange between ranks, reduction, optimizer. Only data are missing: tokens are at random and there before the clock
-starts. Every router is overruled: assignments are in the balance at which tau aims. So FLOPs and bytes are known, and
-the measured speedup has an ideal: the FLOPs of the twin's update over those of the recipe's.
+exchange between ranks, reduction, optimizer. Only data are missing: tokens are at random. Every router is overruled:
+assignments are in the balance at which tau aims. So FLOPs and bytes are known, and the measured speedup has an ideal:
+the FLOPs of the twin's update over those of the recipe's.
 """
 
 from __future__ import annotations

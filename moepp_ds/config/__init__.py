@@ -21,6 +21,7 @@ from moepp_ds.config.derived import (
     expert_capacity,
     flops_per_token,
     plan_layout,
+    recomputed_flops_per_token,
     scheduled_learning_rate,
 )
 from moepp_ds.config.errors import RecipeError
@@ -52,6 +53,7 @@ __all__ = [
     "count_parameters",
     "expert_capacity",
     "flops_per_token",
+    "recomputed_flops_per_token",
     "load_recipe",
     "plan_layout",
     "scheduled_learning_rate",

@@ -119,6 +119,12 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return attention + 2 * _router_parameters(model) + experts + dense + small + 2 * width * model.vocab_size
 
 
+def recomputed_flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """What activation checkpointing adds to a token's operations: another forward pass, but for routers and head."""
+    kept = 2 * _router_parameters(model) + 2 * model.hidden_size * model.vocab_size
+    return flops_per_token(model, seq_len) - kept
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How one optimizer update is cut into forward passes of ranks."""

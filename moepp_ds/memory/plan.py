@@ -32,6 +32,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from moepp_ds.config import Recipe
+from moepp_ds.cross_entropy import LOGITS_AT_ONCE
 from moepp_ds.expert_parallel import ExpertParallelMoE, parameter_groups
 from moepp_ds.model import MoEPlusPlusModel
 from moepp_ds.products import product_dtype
@@ -131,6 +132,7 @@ def plan_memory(
         *_buffers(groups, zero, width, on_cpu=on_cpu),
         *_background_save(recipe, groups),
         Item("activations, roughly", rough_activations(recipe, on_cpu=on_cpu), "device", sure=False),
+        Item("logits of the loss, in passing", _logits(recipe, on_cpu=on_cpu), "device", sure=False),
     ]
     if not on_cpu:
         elements = sum(sum(group.sizes) for group in groups)
@@ -187,6 +189,12 @@ def _buffers(groups: Sequence[Group], zero: DeepSpeedZeroConfig, width: int, *, 
 def _background_save(recipe: Recipe, groups: Sequence[Group]) -> Iterator[Item]:
     if recipe.checkpoint.background:
         yield Item("copy for background saves", 3 * FP32 * sum(group.part for group in groups), "host")
+
+
+def _logits(recipe: Recipe, *, on_cpu: bool) -> int:
+    """The most that the cross-entropy holds at a time: a block of logits, their softmax, and a copy of either."""
+    tokens = recipe.train.micro_batch_size * recipe.data.seq_len
+    return 3 * FP32 * min(LOGITS_AT_ONCE["cpu" if on_cpu else "cuda"], tokens * recipe.model.vocab_size)
 
 
 def rough_activations(recipe: Recipe, *, on_cpu: bool) -> int:
