@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.experts import FFNExperts
 from moepp_ds.kinds import ExpertKinds
-from moepp_ds.moe_layer import LayerSettings, MoELayer
+from moepp_ds.moe_layer import LayerSettings, MoELayer, MoEOutput
 from moepp_ds.products import multiply, product_dtype
 from moepp_ds.timing import take_turns
 
@@ -110,6 +111,18 @@ def measure(cases: Mapping[str, Case], *, repeats: int) -> dict[str, dict[str, l
         direction: take_turns({name: getattr(case, direction) for name, case in cases.items()}, repeats=repeats)
         for direction in DIRECTIONS
     }
+
+
+@contextmanager
+def watching_layers(model: nn.Module, watch: Callable[[Any, Any, MoEOutput], None]) -> Iterator[None]:
+    """Inside, every forward pass of a MoE layer of the model is followed by watch(layer, inputs, output)."""
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    handles = [layer.register_forward_hook(watch) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def random_layer(

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from moepp_ds.config import RecipeError
 from moepp_ds.json_option import Json, check_place, write_json
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
+
+    from moepp_ds.bench.presets import LayerSizes
 
 # What needs torch is imported inside: `moepp --help` answers at once.
 
@@ -46,26 +51,15 @@ def experts(
     json: Json = None,
 ) -> None:
     """The experts of an MoE++ layer beside the same layer without zero-computation experts, at forced balance."""
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from moepp_ds.bench.experts import bench_experts, print_experts
-    from moepp_ds.bench.presets import PRESETS
 
-    check_place(json)
-    try:
-        result = bench_experts(
-            PRESETS[preset],
-            [_tau(word) for word in taus.split(",")],
-            tokens=tokens,
-            repeats=repeats,
-            **_machine(dtype, threads, device),
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--taus") from None
-    write_json(json, {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats, **asdict(result)})
-    print_experts(result, Console())
+    given = {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats}
+    at = {"tokens": tokens, "repeats": repeats, **_machine(dtype, threads, device)}
+
+    def run() -> object:
+        return bench_experts(_sizes(preset), [_tau(word) for word in taus.split(",")], **at)
+
+    _report(given, run, print_experts, json)
 
 
 @app.command()
@@ -80,21 +74,11 @@ def layer(
     json: Json = None,
 ) -> None:
     """A whole MoE++ layer beside its vanilla twin, DeepSpeed's, Mixtral's, a loop over experts and a dense FFN."""
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from moepp_ds.bench.layer import bench_layer, print_layer
-    from moepp_ds.bench.presets import PRESETS
 
-    check_place(json)
-    try:
-        found = _machine(dtype, threads, device)
-        result = bench_layer(PRESETS[preset], _tau(str(tau)), tokens=tokens, repeats=repeats, **found)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--tau") from None
-    write_json(json, {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats, **asdict(result)})
-    print_layer(result, Console())
+    given = {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats}
+    at = {"tokens": tokens, "repeats": repeats, **_machine(dtype, threads, device)}
+    _report(given, lambda: bench_layer(_sizes(preset), _tau(tau), **at), print_layer, json)
 
 
 @app.command()
@@ -107,20 +91,11 @@ def memory(
     json: Json = None,
 ) -> None:
     """The memory that these layers take beyond weights and inputs."""
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from moepp_ds.bench.memory import bench_memory, print_memory
-    from moepp_ds.bench.presets import PRESETS
 
-    check_place(json)
-    try:
-        result = bench_memory(PRESETS[preset], _tau(str(tau)), tokens=tokens, **_machine(dtype, None, device))
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--tau") from None
-    write_json(json, {"preset": preset, "tokens": tokens, "dtype": dtype, **asdict(result)})
-    print_memory(result, Console())
+    given = {"preset": preset, "tokens": tokens, "dtype": dtype}
+    at = {"tokens": tokens, **_machine(dtype, None, device)}
+    _report(given, lambda: bench_memory(_sizes(preset), _tau(tau), **at), print_memory, json)
 
 
 @app.command()
@@ -135,21 +110,11 @@ def growth(
     json: Json = None,
 ) -> None:
     """The time of a token in a MoE++ layer with more tokens, and with more experts."""
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from moepp_ds.bench.growth import bench_growth, print_growth
-    from moepp_ds.bench.presets import PRESETS
 
-    check_place(json)
-    try:
-        found = _machine(dtype, threads, device)
-        result = bench_growth(PRESETS[preset], _tau(str(tau)), tokens=tokens, repeats=repeats, **found)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--tau") from None
-    write_json(json, {"preset": preset, "tau": tau, "dtype": dtype, "repeats": repeats, **asdict(result)})
-    print_growth(result, Console())
+    given = {"preset": preset, "tau": tau, "dtype": dtype, "repeats": repeats}
+    at = {"tokens": tokens, "repeats": repeats, **_machine(dtype, threads, device)}
+    _report(given, lambda: bench_growth(_sizes(preset), _tau(tau), **at), print_growth, json)
 
 
 @app.command()
@@ -164,18 +129,12 @@ def trained(
     json: Json = None,
 ) -> None:
     """The experts of a trained model, by its own routing of held-out text, beside their vanilla twin."""
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from moepp_ds.bench.trained import bench_trained, print_trained
     from moepp_ds.load import load_model
 
-    check_place(json)
     loaded = load_model(checkpoint, overrides or [], **_machine(dtype, threads, device))
-    result = bench_trained(loaded, rows=rows, repeats=repeats)
-    write_json(json, {"checkpoint": str(loaded.folder), "dtype": dtype, "repeats": repeats, **asdict(result)})
-    print_trained(result, Console())
+    given = {"checkpoint": str(loaded.folder), "dtype": dtype, "repeats": repeats}
+    _report(given, lambda: bench_trained(loaded, rows=rows, repeats=repeats), print_trained, json)
 
 
 @app.command()
@@ -188,23 +147,16 @@ def step(
     json: Json = None,
 ) -> None:
     """A whole update of a recipe beside its vanilla twin's, on RANKS ranks, at forced balance."""
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from moepp_ds.bench.on_ranks import on_ranks
     from moepp_ds.config import load_recipe
 
-    check_place(json)
     loaded = load_recipe(path, overrides or [])
     with on_ranks(ranks or loaded.parallel.expert_parallel) as joined:
         from moepp_ds.bench.step import bench_step, load_both, print_step
 
         recipes = load_both(path, overrides or [], world=joined.world, micro_batches=micro_batches)
-        result = bench_step(recipes, joined, repeats=repeats)
-        if joined.is_first:
-            write_json(json, {"recipe": str(path), "set": overrides or [], "repeats": repeats, **asdict(result)})
-            print_step(result, Console())
+        given = {"recipe": str(path), "set": overrides or [], "repeats": repeats}
+        _report(given, lambda: bench_step(recipes, joined, repeats=repeats), print_step, json, first=joined.is_first)
 
 
 @app.command()
@@ -218,26 +170,20 @@ def all2all(
     json: Json = None,
 ) -> None:
     """What expert parallelism sends, to the byte, and what it costs a layer, at forced balance."""
-    from dataclasses import asdict
-
-    from rich.console import Console
-
     from moepp_ds.bench.on_ranks import on_ranks
-    from moepp_ds.bench.presets import PRESETS
 
-    check_place(json)
     with on_ranks(ranks) as joined:
         from moepp_ds.bench.all2all import bench_all2all, print_all2all
 
-        try:
-            result = bench_all2all(
-                PRESETS[preset], _tau(str(tau)), joined, tokens=tokens, dtype=_dtype(dtype), repeats=repeats
-            )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        if joined.is_first:
-            write_json(json, {"preset": preset, "tokens": tokens, "dtype": dtype, **asdict(result)})
-            print_all2all(result, Console())
+        given = {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats}
+        at = {"tokens": tokens, "dtype": _dtype(dtype), "repeats": repeats}
+        _report(
+            given,
+            lambda: bench_all2all(_sizes(preset), _tau(tau), joined, **at),  # type: ignore[arg-type]
+            print_all2all,
+            json,
+            first=joined.is_first,
+        )
 
 
 @app.command()
@@ -264,7 +210,41 @@ def save(
             print("\n".join(report(result)), flush=True)
 
 
-def _tau(word: str) -> float:
+def _report(
+    given: dict[str, Any],
+    run: Callable[[], Any],
+    show: Callable[[Any, Console], None],
+    json: Path | None,
+    *,
+    first: bool = True,
+) -> None:
+    """Measure, write the result beside what was given, and show it; what cannot be measured is a mistake in options.
+
+    first: of several ranks one writes and shows.
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    check_place(json)
+    try:
+        result = run()
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if first:
+        write_json(json, {**given, **asdict(result)})
+        show(result, Console())
+
+
+def _sizes(preset: str) -> LayerSizes:
+    from moepp_ds.bench.presets import PRESETS
+
+    return PRESETS[preset]
+
+
+def _tau(word: str | float) -> float:
     """A number in (0, 1]."""
     number = float(word)
     if not 0 < number <= 1:

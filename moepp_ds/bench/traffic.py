@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moepp_ds.expert_parallel import ExpertParallelMoE
-from moepp_ds.moe_layer import MoEOutput
+from moepp_ds.bench.cases import watching_layers
+from moepp_ds.moe_layer import MoELayer, MoEOutput
 
 
 @contextmanager
@@ -41,15 +41,10 @@ def counting_assignments(model: nn.Module) -> Iterator[list[int]]:
     """Inside, every forward pass of a layer adds how many FFN assignments were kept whose expert is on another rank."""
     leaving: list[int] = []
 
-    def count(layer: ExpertParallelMoE, inputs: Any, output: MoEOutput) -> None:
+    def count(layer: MoELayer, inputs: Any, output: MoEOutput) -> None:
         first, local = layer.first_local_expert, len(layer.experts.down_EFD)
         counts = output.plan.ffn_counts
         leaving.append(sum(counts) - sum(counts[first : first + local]))
 
-    layers = [module for module in model.modules() if isinstance(module, ExpertParallelMoE)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    try:
+    with watching_layers(model, count):
         yield leaving
-    finally:
-        for handle in handles:
-            handle.remove()

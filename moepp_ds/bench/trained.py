@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data_pipeline.document import DataError
 from data_pipeline.feed import open_held_out
-from moepp_ds.bench.cases import Case, machine, measure, random_layer, vanilla
+from moepp_ds.bench.cases import Case, machine, measure, random_layer, vanilla, watching_layers
 from moepp_ds.bench.experts import experts_case
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.bench.routes import Routes, forced_routes
@@ -94,13 +94,8 @@ def _seeing_layers(loaded: LoadedModel) -> Iterator[list[tuple[MoELayer, Tensor,
         routes = Routes(routing.gate_N, routing.token_N, routing.expert_N, output.plan)
         seen.append((layer, inputs[0], routes))
 
-    layers = [module for module in loaded.model.modules() if isinstance(module, MoELayer)]
-    handles = [layer.register_forward_hook(note) for layer in layers]
-    try:
+    with watching_layers(loaded.model, note):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _cases(layer: MoELayer, x_TD: Tensor, routes: Routes) -> tuple[dict[str, Case], float]:
