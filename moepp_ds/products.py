@@ -9,8 +9,8 @@ Axis letters (the legend of the whole project): T tokens, D model width, F exper
 value), E experts of all kinds (in the weights of FFN experts, those), J constant experts, K chosen per token, N
 = T*K assignments, R those of them that FFN experts keep, Q the rows that a rank's FFN experts work on (R where
 it owns all), C seats per expert, M places in a token's list of experts (K, or E with a threshold), L MoE
-layers, P ranks that share experts, V vocabulary, B rows, S sequence, H heads, A head width. X and O stand for
-any width, in and out. A digit is an axis of that length; S1 is S + 1.
+layers, P ranks that share experts, V vocabulary, B rows, S sequence, H heads, A head width. X, Y and O stand
+for any width (O goes out). A digit is an axis of that length; S1 is S + 1.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_two_ranks(two_ranks: dict[str, str], name: str) -> None:
 
 @pytest.mark.dist
 def test_every_check_is_named_here(two_ranks: dict[str, str]) -> None:
-    assert list(two_ranks) == CHECKS
+    assert list(two_ranks) == CHECKS, two_ranks.get("program")
 
 
 @pytest.mark.dist

@@ -2,7 +2,8 @@
 
 Held-out rows go through the model of a checkpoint. In every MoE layer its experts then compute the tokens that came,
 routed as the model routes them, balance or none; the rival is the vanilla twin, as in `moepp bench experts`: the same
-FFN weights, and as many assignments for a token, all of them, in balance, for FFN experts. Shared experts are in both.
+FFN weights, and as many assignments for a token (at most one for each FFN expert), in balance. Shared experts are in
+both.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ def _cases(layer: MoELayer, x_TD: Tensor, routes: Routes) -> tuple[dict[str, Cas
     for parameter in layer.parameters():
         parameter.requires_grad_()
     hidden, inner = layer.experts.gate_up_EDG.shape[1], layer.experts.down_EFD.shape[1]
-    # with a threshold tokens differ: as many as they ask for on average
+    # with a threshold tokens differ: as many as they ask for on average, at most all that the twin has
     top_k = layer.settings.router.top_k or max(1, round(len(routes.token_N) / len(x_TD)))
+    top_k = min(top_k, layer.kinds.num_ffn)
     settings = replace(layer.settings, router=RouterSettings(top_k=top_k), tau=1.0, seats=None)
     sizes = LayerSizes(hidden, inner, layer.kinds, top_k)
     twin = random_layer(sizes, vanilla(layer.kinds), settings, dtype=x_TD.dtype, device=x_TD.device)

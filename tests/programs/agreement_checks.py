@@ -63,4 +63,3 @@ def faults_of_the_input_alone_are_final() -> None:
 if __name__ == "__main__":
     alike_or_not = [two_fail_alike_and_all_fail_alike, all_fail_differently, faults_of_the_input_alone_are_final]
     checks.run([values_come_by_rank, nobody_fails, one_fails, *alike_or_not])
-    dist.destroy_process_group()

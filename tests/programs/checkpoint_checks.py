@@ -664,4 +664,3 @@ PARTS: dict[str, list[Callable[[], None]]] = {
 
 if __name__ == "__main__":
     checks.run(PARTS[sys.argv[2]])
-    dist.destroy_process_group()

@@ -15,11 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 MARK = "CHECK "
 
 
 def run(checks: Sequence[Callable[[], None]]) -> None:
-    """Run the checks in order on this rank. The first that fails ends it: the ranks are out of step then."""
+    """Run the checks in order on this rank. The first that fails ends it: the ranks are out of step then.
+
+    At the end the ranks part: connections that are still there when Python ends may abort it.
+    """
     rank = int(os.environ["RANK"])
     for check in checks:
         started = time.perf_counter()
@@ -33,6 +38,8 @@ def run(checks: Sequence[Callable[[], None]]) -> None:
         sys.stdout.flush()
         if failure:
             os._exit(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def start(

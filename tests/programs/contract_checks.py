@@ -291,4 +291,3 @@ CHECKS: list[Callable[[], None]] = [
 if __name__ == "__main__":
     wanted = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     checks.run([check for check in CHECKS if not wanted or check.__name__ in wanted])
-    dist.destroy_process_group()

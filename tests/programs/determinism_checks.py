@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from data_pipeline.loader import Batch
 from moepp_ds.engine import join_ranks
@@ -94,4 +93,3 @@ if __name__ == "__main__":
             bf16_is_near_fp32,
         ]
     )
-    dist.destroy_process_group()

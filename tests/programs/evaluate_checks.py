@@ -12,8 +12,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch.distributed as dist
-
 from data_pipeline.stream import open_held_out
 from moepp_ds.engine import join_ranks
 from moepp_ds.evaluate import evaluate
@@ -43,4 +41,3 @@ def scores_are_written() -> None:
 if __name__ == "__main__":
     join_ranks()
     checks.run([scores_are_written])
-    dist.destroy_process_group()

@@ -345,4 +345,3 @@ CHECKS = [
 if __name__ == "__main__":
     join_ranks()
     checks.run(CHECKS)
-    dist.destroy_process_group()

@@ -106,4 +106,3 @@ def check_of(number: int) -> Callable[[], None]:
 if __name__ == "__main__":
     join_ranks()
     checks.run([check_of(number) for number in range(len(COMBINATIONS))])
-    dist.destroy_process_group()

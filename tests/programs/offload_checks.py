@@ -202,4 +202,3 @@ if __name__ == "__main__":
             plan_is_what_engines_take,
         ]
     )
-    dist.destroy_process_group()

@@ -279,4 +279,3 @@ CHECKS = [
 
 if __name__ == "__main__":
     checks.run(CHECKS)
-    dist.destroy_process_group()

@@ -187,4 +187,3 @@ CHECKS = [
 
 if __name__ == "__main__":
     checks.run(CHECKS)
-    dist.destroy_process_group()
