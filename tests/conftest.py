@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,12 +57,17 @@ def find_free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def kill_group(group: int) -> None:
-    """Kill what is left of a process group."""
+def kill_group(leader: int) -> None:
+    """Kill what is left of a process group, and what its living leader started: torchrun's ranks lead their own."""
     try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
+        started = psutil.Process(leader).children(recursive=True)
+    except psutil.NoSuchProcess:
+        started = []
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def run_in_group(command: Sequence[str], env: Mapping[str, str], log: Path, timeout: float) -> int | None:
