@@ -2,9 +2,9 @@
 
 * parameters and FLOPs by `config.derived`, memory of one rank by `memory.plan`
 * all-to-all: an FFN assignment whose expert is on another rank travels there and back, its gradient too, as D numbers.
-  In balance (P - 1) / P of them leave a rank of P; recomputed activations travel once more
-* time: the FLOPs of an update, three times those of the forward pass, and where activations are recomputed all but
-  routers and head once more, at a share of what the device can do. Communication that does not hide behind products,
+  In balance (P - 1) / P of them leave a rank of P; with full activation checkpointing they travel once more
+* time: the FLOPs of an update, three times those of the forward pass and what activation checkpointing does again, at
+  a share of what the device can do. Communication that does not hide behind products,
   the optimizer and data are in that share: measure it once for a cluster, then it carries over
 """
 
@@ -98,10 +98,8 @@ def estimate(recipe: Recipe, world: int, *, device: str, utilization: float) -> 
     on_cpu = device == THIS_MACHINE and default_device().type == "cpu"
     memory = plan_memory(recipe, deepspeed_config(recipe, world), world, on_cpu=on_cpu)
     forward = flops_per_token(recipe.model, recipe.data.seq_len)
-    per_token = 3 * forward
-    if recipe.train.activation_checkpointing:
-        per_token += recomputed_flops_per_token(recipe.model, recipe.data.seq_len)
-    flops = per_token * recipe.train.batch_tokens / world
+    recomputed = recomputed_flops_per_token(recipe.model, recipe.data.seq_len, recipe.train.activation_checkpointing)
+    flops = (3 * forward + recomputed) * recipe.train.batch_tokens / world
     seconds = flops / (utilization * on.flops)
     parameters = count_parameters(recipe.model)
     return Estimate(
@@ -128,7 +126,7 @@ def all_to_all_bytes(recipe: Recipe, world: int) -> int:
     """What a rank sends to others in an update, in bytes, when all experts have what the balance aims at."""
     model, ways = recipe.model, recipe.parallel.expert_parallel
     assignments = recipe.train.batch_tokens / world * model.moe.mean_ffn_experts * model.num_moe_layers
-    journeys = 6 if recipe.train.activation_checkpointing else 4
+    journeys = 6 if recipe.train.activation_checkpointing == "full" else 4
     row = model.hidden_size * BYTES_PER_NUMBER[recipe.train.precision]
     return round(assignments * (ways - 1) / ways * journeys * row)
 
@@ -164,8 +162,8 @@ def print_estimate(found: Estimate, recipe: Recipe) -> None:
         lines.append(f"with activations {roughly / 1e9:.3g} of the {found.device_bytes / 1e9:.3g} GB of {found.device}")
         if roughly > found.device_bytes:
             lines.append(
-                "too much; what takes less: a smaller train.micro_batch_size, train.activation_checkpointing, a larger "
-                "parallel.expert_parallel, ds_configs/zero2_offload.json, more ranks"
+                "too much; what takes less: a smaller train.micro_batch_size, train.activation_checkpointing selective "
+                "or full, a larger parallel.expert_parallel, ds_configs/zero2_offload.json, more ranks"
             )
     sent = f"{found.all_to_all_bytes / 1e9:.3g} GB sent by a rank in an update"
     lines += [

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moepp_ds.swiglu import swiglu_by_expert
 
@@ -63,5 +64,13 @@ class FFNExperts(nn.Module):
         # made on the host and copied without waiting for the GPU
         ends_E = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(rows_RD.device, non_blocking=True)
         product_RG = nn.functional.grouped_mm(rows_RD, self.gate_up_EDG, offs=ends_E)
-        gate_RF, value_RF = product_RG.chunk(2, dim=-1)
-        return nn.functional.grouped_mm(nn.functional.silu(gate_RF) * value_RF, self.down_EFD, offs=ends_E)
+        if not torch.is_grad_enabled():
+            return _activate_and_project(product_RG, self.down_EFD, ends_E)
+        inputs = (product_RG, self.down_EFD, ends_E)
+        return checkpoint(_activate_and_project, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _activate_and_project(product_RG: Tensor, down_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    """The second half of SwiGLU. In training only its inputs are kept: of 4 F numbers a row, 2 F."""
+    gate_RF, value_RF = product_RG.chunk(2, dim=-1)
+    return nn.functional.grouped_mm(nn.functional.silu(gate_RF) * value_RF, down_EFD, offs=ends_E)

@@ -11,15 +11,17 @@ MoE++ layer and the others a dense FFN of the same expert function; the router l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch._ops import OpOverload
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from moepp_ds.attention import CausalSelfAttention, RMSNorm, document_layout
-from moepp_ds.config import ModelConfig, MoEConfig, expert_capacity
+from moepp_ds.config import ActivationCheckpointing, ModelConfig, MoEConfig, expert_capacity
 from moepp_ds.controller import RoutingInputs
 from moepp_ds.cross_entropy import mean_token_loss, token_losses
 from moepp_ds.experts import FFNExperts
@@ -30,6 +32,15 @@ from moepp_ds.router import RouterSettings, jitter
 from moepp_ds.statistics import RoutingStatistics, stack
 
 LayerFactory = Callable[..., MoELayer]
+
+_aten = torch.ops.aten
+_ATTENTION_KERNELS: Sequence[OpOverload] = (
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+)
+"""Their result, as wide as the model, costs as much to compute again as the sequence is long; a projection, as D."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class ModelOutput:
 class Block(nn.Module):
     """Attention and then a MoE++ layer or a dense FFN, each around its residual connection."""
 
-    def __init__(self, config: ModelConfig, *, moe: MoELayer | None, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, *, moe: MoELayer | None, recompute: ActivationCheckpointing) -> None:
         super().__init__()
         self.recompute = recompute
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -82,21 +93,28 @@ class Block(nn.Module):
 
         logits_TE: of the MoE layer before. told: what a MoE layer is told beside its input (bias_E, share_E, noise_TD).
         """
-        h_BSD = h_BSD + self._maybe_recompute(self._attend, h_BSD, positions_BS, document_BS)
+        again = self.recompute if torch.is_grad_enabled() else "none"
+        keep = _ATTENTION_KERNELS if again == "selective" else ()
+        h_BSD = h_BSD + _maybe_recompute(again != "none", self._attend, h_BSD, positions_BS, document_BS, keep=keep)
         x_TD = self.ffn_norm(h_BSD).flatten(0, 1)
         if self.moe is not None:
-            out = self.moe(x_TD, logits_TE, recompute=self.recompute, **told)
+            out = self.moe(x_TD, logits_TE, recompute=again == "full", **told)
             return h_BSD + out.output_TD.view_as(h_BSD), out.report()
         assert self.ffn is not None
-        return h_BSD + self._maybe_recompute(self.ffn, x_TD, (len(x_TD),)).view_as(h_BSD), None
+        return h_BSD + _maybe_recompute(again == "full", self.ffn, x_TD, (len(x_TD),)).view_as(h_BSD), None
 
     def _attend(self, h_BSD: Tensor, positions_BS: Tensor | None, document_BS: Tensor | None) -> Tensor:
         return self.attention(self.attention_norm(h_BSD), positions_BS, document_BS)
 
-    def _maybe_recompute(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+def _maybe_recompute(
+    wanted: bool, function: Callable[..., Tensor], *args: object, keep: Sequence[OpOverload] = ()
+) -> Tensor:
+    """The function's result; if `wanted`, with nothing kept but its arguments and what operators in `keep` give."""
+    if not wanted:
         return function(*args)
+    contexts = partial(create_selective_checkpoint_contexts, list(keep)) if keep else noop_context_fn
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 class MoEPlusPlusModel(nn.Module):
@@ -104,7 +122,7 @@ class MoEPlusPlusModel(nn.Module):
 
     eos_id: the token that ends a document; needed where attention stops at document ends.
     layer_factory: makes the MoE layers; expert parallelism passes its own.
-    recompute: activation checkpointing of every block, routing excepted.
+    recompute: activation checkpointing of every block, routing excepted; see `train.activation_checkpointing`.
     """
 
     def __init__(
@@ -113,7 +131,7 @@ class MoEPlusPlusModel(nn.Module):
         *,
         eos_id: int,
         layer_factory: LayerFactory = MoELayer,
-        recompute: bool = False,
+        recompute: ActivationCheckpointing = "none",
     ) -> None:
         super().__init__()
         self.config = config

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,3 +64,26 @@ def linear(x: Tensor, weight_OX: Tensor) -> Tensor:
     """x [..., X] times weight [O, X] transposed, in the dtype of x; widened where that is faster."""
     dtype = product_dtype(x)
     return torch.nn.functional.linear(x.to(dtype), weight_OX.to(dtype)).to(x.dtype)
+
+
+def wide_linear(x_TX: Tensor, weight_OX: Tensor) -> Tensor:
+    """x weight^T in fp32 at least, [T, O]; for the backward pass x is kept as it is, not its wide copy."""
+    return _WideLinear.apply(x_TX, weight_OX)
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TX: Tensor, weight_OX: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TX, weight_OX)
+        dtype = torch.promote_types(x_TX.dtype, torch.float32)
+        return x_TX.to(dtype) @ weight_OX.to(dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TO,) = gradients
+        x_TX, weight_OX = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad
+        return (
+            (grad_TO @ weight_OX.to(grad_TO.dtype)).to(x_TX.dtype) if of_x else None,
+            (grad_TO.t() @ x_TX.to(grad_TO.dtype)).to(weight_OX.dtype) if of_weight else None,
+        )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moepp_ds.keyed import keyed_generator
+from moepp_ds.products import wide_linear
 
 Combine = Literal["softmax", "renormalize_selected", "renormalize_computing"]
 
@@ -128,12 +129,10 @@ class Router(nn.Module):
         )
 
     def _logits(self, x_TD: Tensor, previous_logits_TE: Tensor | None) -> Tensor:
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
         if self.settings.num_layers == 1:
-            logits_TE = x_TD.to(dtype) @ self.weight_ED.to(dtype).t()
+            logits_TE = wide_linear(x_TD, self.weight_ED)
         else:
-            hidden_TX = torch.tanh(x_TD.to(dtype) @ self.hidden_XD.to(dtype).t())
-            logits_TE = hidden_TX @ self.weight_EX.to(dtype).t()
+            logits_TE = wide_linear(torch.tanh(wide_linear(x_TD, self.hidden_XD)), self.weight_EX)
         if self.residual_EE is None or previous_logits_TE is None:
             return logits_TE
         if previous_logits_TE.shape != logits_TE.shape:
@@ -141,7 +140,7 @@ class Router(nn.Module):
                 f"logits of shape {list(previous_logits_TE.shape)} come from the MoE layer before, this one makes "
                 f"{list(logits_TE.shape)}; a gating residual needs as many experts in every MoE layer"
             )
-        return logits_TE + previous_logits_TE @ self.residual_EE.to(dtype).t()
+        return logits_TE + wide_linear(previous_logits_TE, self.residual_EE)
 
     def _choose(self, preference_TE: Tensor, probability_TE: Tensor) -> tuple[Tensor, Tensor | None]:
         """Experts best first, and which of them are taken; None where it is all of them."""

@@ -26,11 +26,15 @@ def test_time_is_flops_over_what_a_device_does() -> None:
     assert found.tokens_per_second == pytest.approx(4194304 / found.seconds_per_update)
     assert (found.updates, found.device_bytes) == (23841, 141 * 10**9)
     assert found.days == pytest.approx(23841 * found.seconds_per_update / 86400)
-    again = load_recipe(RECIPE, ["train.activation_checkpointing=true"])
+    again = load_recipe(RECIPE, ["train.activation_checkpointing=full"])
     recomputed = estimate(again, 8, device="h200", utilization=0.5)
     head_and_routers = 768 * 65536 + 12 * 12 * 768 + 11 * 12 * 12
-    once = found.flops_per_update / 3 - 2 * head_and_routers * 4194304 / 8
+    once = found.flops_per_update / 3 - 2 * (head_and_routers + 12 * 768 * 768) * 4194304 / 8
     assert recomputed.flops_per_update == pytest.approx(found.flops_per_update + once)
+    partly = load_recipe(RECIPE, ["train.activation_checkpointing=selective"])
+    projections = 2 * 12 * 3 * 768 * 768 * 4194304 / 8
+    by_parts = estimate(partly, 8, device="h200", utilization=0.5)
+    assert by_parts.flops_per_update == pytest.approx(found.flops_per_update + projections)
 
 
 @pytest.mark.parametrize(("ways", "share"), [(1, 0), (2, 1 / 2), (8, 7 / 8)])
@@ -39,8 +43,10 @@ def test_all_to_all_counts_what_leaves_a_rank(ways: int, share: float) -> None:
     # tau 0.75, top 2: 2 x 6 / 10 = 1.2 FFN experts a token, in 12 layers; 768 bf16 numbers there and back, twice
     sent = 4194304 / 8 * 1.2 * 12 * share * 4 * 768 * 2
     assert all_to_all_bytes(recipe, 8) == pytest.approx(sent, abs=1)
-    recomputed = load_recipe(RECIPE, [f"parallel.expert_parallel={ways}", "train.activation_checkpointing=true"])
+    recomputed = load_recipe(RECIPE, [f"parallel.expert_parallel={ways}", "train.activation_checkpointing=full"])
     assert all_to_all_bytes(recomputed, 8) == pytest.approx(sent * 1.5, abs=1)
+    partly = load_recipe(RECIPE, [f"parallel.expert_parallel={ways}", "train.activation_checkpointing=selective"])
+    assert all_to_all_bytes(partly, 8) == pytest.approx(sent, abs=1)
 
 
 @pytest.mark.parametrize(

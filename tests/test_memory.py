@@ -5,6 +5,7 @@ That engines take what is planned is checked in real ranks: tests/test_offload.p
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -175,10 +176,11 @@ def test_needed_is_the_larger_of_starting_and_training() -> None:
 
 
 def test_activation_checkpointing_keeps_less() -> None:
-    recipe = load_recipe(ROOT / "launch/recipes/moepp_7b.yaml")
-    recomputed = load_recipe(ROOT / "launch/recipes/moepp_7b.yaml", ["train.activation_checkpointing=true"])
-    found = [rough_activations(recipe, on_cpu=False) for recipe in (recomputed, recipe)]
-    assert 0 < found[0] < found[1] / 3
+    full, selective, none = (
+        rough_activations(load_recipe(ROOT / "launch/recipes/moepp_7b.yaml", [setting]), on_cpu=False)
+        for setting in (f"train.activation_checkpointing={how}" for how in ("full", "selective", "none"))
+    )
+    assert 0 < full < none / 3 and full < selective < 0.8 * none
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 without units"])
@@ -190,25 +192,55 @@ def test_activations_are_about_what_the_graph_keeps(
         monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: False)
     elif precision == "bf16":
         monkeypatch.setattr(products, "_cpu_multiplies_bf16", lambda: True)
+    recipe = small_recipe(precision, setting)
+    assert rough_activations(recipe, on_cpu=True) == pytest.approx(bytes_kept(recipe), rel=0.1)
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_block_adds_about_what_checkpointing_keeps_of_it(precision: str, how: str) -> None:
+    """Between models of 4 and 8 blocks: what is inside one block while it is recomputed is in both."""
+    few, many = (
+        small_recipe(precision, f"train.activation_checkpointing={how}", f"model.num_layers={layers}")
+        for layers in (4, 8)
+    )
+    expected = rough_activations(many, on_cpu=True) - rough_activations(few, on_cpu=True)
+    assert expected == pytest.approx(bytes_kept(many) - bytes_kept(few), rel=0.15)
+
+
+def small_recipe(precision: str, *settings: str) -> Recipe:
     sizes = "num_layers=4 hidden_size=256 num_heads=4 ffn_hidden_size=512 vocab_size=1024".split()
     batch = ["data.seq_len=256", "train.micro_batch_size=4", "train.batch_tokens=1024"]
     config = ["deepspeed=ds_configs/zero2_fp32.json", "train.precision=fp32"] if precision == "fp32" else []
-    overrides = [*(f"model.{size}" for size in sizes), setting, *batch, *config]
-    recipe = load_recipe(ROOT / "launch/recipes/moepp_0.6b.yaml", overrides)
-    model = MoEPlusPlusModel(recipe.model, eos_id=0)
+    overrides = [*(f"model.{size}" for size in sizes), *settings, *batch, *config]
+    return load_recipe(ROOT / "launch/recipes/moepp_0.6b.yaml", overrides)
+
+
+def bytes_kept(recipe: Recipe) -> int:
+    """What a forward pass leaves for the backward pass: in the graph, and in the hands of what recomputes."""
+    model = MoEPlusPlusModel(recipe.model, eos_id=0, recompute=recipe.train.activation_checkpointing)
     initialize(model, seed=0, std=0.02)
-    model.to(torch.float32 if precision == "fp32" else torch.bfloat16)
-    weights, kept = {parameter.data_ptr() for parameter in model.parameters()}, {}
+    model.to(torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16)
+    tokens_BS1 = torch.randint(1, 1024, (4, 257), generator=torch.Generator().manual_seed(0))
+    gc.collect()
+    before = storages().keys()
+    kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(torch.randint(1, 1024, (4, 257), generator=torch.Generator().manual_seed(0)))
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert rough_activations(recipe, on_cpu=True) == pytest.approx(measured, rel=0.1)
+        loss = model(tokens_BS1).loss
+    after = storages()
+    loss.backward()
+    return sum(size for place, size in after.items() if place not in before)
+
+
+def storages() -> dict[int, int]:
+    """Where all tensors are that Python holds, and their bytes."""
+    tensors = [one for one in gc.get_objects() if type(one) in (Tensor, torch.nn.Parameter)]
+    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
 
 
 # -- what there is ---------------------------------------------------------------------------------------------

@@ -11,15 +11,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from moepp_ds.config import ModelConfig, count_parameters, expert_capacity
+from moepp_ds.config import (
+    ActivationCheckpointing,
+    ModelConfig,
+    count_parameters,
+    expert_capacity,
+    recomputed_flops_per_token,
+)
 from moepp_ds.controller import RoutingInputs
 from moepp_ds.model import ModelOutput, MoEPlusPlusModel, expert_kinds, expert_offsets, initialize
 from moepp_ds.moe_layer import MoELayer
 from moepp_ds.router import jitter
 from moepp_ds.statistics import RoutingStatistics
+from moepp_ds.sweep import flop_counter
 
 EOS = 0
 VOCABULARY = 24
+CHECKPOINTING: list[ActivationCheckpointing] = ["none", "selective", "full"]
 
 
 def config(*, moe: dict[str, object] | None = None, **changes: object) -> ModelConfig:
@@ -94,7 +102,7 @@ def make_model(
     *,
     seed: int = 0,
     std: float = 0.3,
-    recompute: bool = False,
+    recompute: ActivationCheckpointing = "none",
     dtype: torch.dtype = torch.float64,
 ) -> MoEPlusPlusModel:
     """A float64 model in training mode; a large std, so that routing and attention are lively."""
@@ -217,8 +225,8 @@ def test_loss_is_cross_entropy_plus_the_weighted_sums_of_the_layers_losses(name:
     assert (name == "budget") == (out.balance_loss == 0)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_no_layers_output_outlives_the_sum_it_is_part_of(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", CHECKPOINTING)
+def test_no_layers_output_outlives_the_sum_it_is_part_of(recompute: ActivationCheckpointing) -> None:
     """An activation as wide as the model, in every layer, that no backward pass needs."""
     model, alive = make_model(config(), recompute=recompute), []
     for module in model.modules():
@@ -282,9 +290,9 @@ def test_token_losses_average_to_the_lm_loss_of_evaluation(name: str) -> None:
 # gradients
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", CHECKPOINTING)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_parameter_receives_a_gradient(name: str, recompute: bool) -> None:
+def test_every_parameter_receives_a_gradient(name: str, recompute: ActivationCheckpointing) -> None:
     model = make_model(CONFIGS[name], recompute=recompute)
     model(random_rows(1, 2)).loss.backward()  # one token: few experts are chosen, and all are in the graph
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -298,22 +306,22 @@ def test_every_parameter_receives_a_gradient(name: str, recompute: bool) -> None
 def test_recomputation_changes_nothing(name: str, dtype: torch.dtype) -> None:
     """Losses, routing, statistics and gradients, bit for bit."""
     results = []
-    for recompute in (False, True):
+    for recompute in CHECKPOINTING:
         model = make_model(CONFIGS[name], recompute=recompute, dtype=dtype)
         out = model(random_rows(), routing_inputs(CONFIGS[name]))
         out.loss.backward()
         results.append(tensors_of(out) | gradients_of(model))
-    plain, recomputed = results
+    plain, selective, full = results
     assert "statistics.histogram_H" in plain and "0.routing.expert_N" in plain
     for key, value in plain.items():
-        assert torch.equal(value, recomputed[key]), key
+        assert torch.equal(value, selective[key]) and torch.equal(value, full[key]), key
 
 
 @pytest.mark.parametrize("name", ["moepp", "threshold", "shared, fine-grained, every second"])
 def test_recomputation_does_not_route_anew(name: str) -> None:
     """The routers' weights move between the passes, so that a router asked again would send tokens elsewhere."""
     results = []
-    for recompute in (False, True):
+    for recompute in CHECKPOINTING:
         model = make_model(CONFIGS[name], recompute=recompute)
         out = model(random_rows())
         for key, parameter in model.named_parameters():
@@ -321,21 +329,40 @@ def test_recomputation_does_not_route_anew(name: str) -> None:
                 parameter.data.neg_()
         out.loss.backward()
         results.append(gradients_of(model))
-    plain, recomputed = results
+    plain, selective, full = results
     for key, value in plain.items():
-        assert torch.equal(value, recomputed[key]), key
+        assert torch.equal(value, selective[key]) and torch.equal(value, full[key]), key
 
 
-def test_recomputation_runs_everything_twice_but_the_routers() -> None:
+@pytest.mark.parametrize(("recompute", "experts"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_recomputation_runs_what_it_says_twice(recompute: ActivationCheckpointing, experts: int) -> None:
     # Two dense and two MoE layers. Entries are counted, not ends: recomputation stops at the last tensor it
     # needs.
-    model = make_model(CONFIGS["every second layer"], recompute=True)
+    model = make_model(CONFIGS["every second layer"], recompute=recompute)
     calls: Counter[str] = Counter()
     for module in model.modules():
         module.register_forward_pre_hook(lambda called, _: calls.update([type(called).__name__]))
     model(random_rows()).loss.backward()
     kinds = ("Router", "FFNExperts", "ConstantExperts", "CausalSelfAttention")
-    assert [calls[kind] for kind in kinds] == [2, 2 * 4, 2 * 2, 2 * 4]
+    attention = 1 if recompute == "none" else 2
+    assert [calls[kind] for kind in kinds] == [2, experts * 4, experts * 2, attention * 4]
+
+
+@pytest.mark.parametrize("recompute", CHECKPOINTING)
+def test_recomputation_does_the_products_that_the_recipe_counts(recompute: ActivationCheckpointing) -> None:
+    """Beyond those of a model that keeps everything; a square of positions is counted whole, a causal one by half."""
+    counted: dict[str, int] = {}
+    tokens, positions = 2 * 8, 8
+    for how in ("none", recompute):
+        model = make_model(CONFIGS["vanilla"], recompute=how, dtype=torch.float32)
+        with flop_counter() as counter:
+            model(random_rows()).loss.backward()
+        counted[how] = counter.get_total_flops()
+    expected = tokens * recomputed_flops_per_token(model.config, positions, recompute)
+    if recompute == "full":
+        heads = model.config.num_heads * model.config.head_dim
+        expected += tokens * model.config.num_layers * 2 * heads * (positions - 1)
+    assert counted[recompute] - counted["none"] == expected
 
 
 @pytest.mark.parametrize(("num_layers", "every"), [(3, 1), (6, 2)])
@@ -479,6 +506,6 @@ def test_document_attention_isolates_documents() -> None:
 
 
 def test_document_attention_trains_like_any_other() -> None:
-    model = make_model(config(document_attention=True), recompute=True)
+    model = make_model(config(document_attention=True), recompute="full")
     model(DOCUMENTS).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

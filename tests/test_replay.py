@@ -93,10 +93,10 @@ def test_it_is_the_model_itself_that_is_run(tmp_path: Path) -> None:
     assert [(one.rank, one.row_start) for one in found.passes] == [(0, 16), (0, 20)]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_first_module_that_overflows_is_named(tmp_path: Path, recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_the_first_module_that_overflows_is_named(tmp_path: Path, recompute: str) -> None:
     scaled = ("blocks.1.attention.v_proj.weight", 5e37)
-    settings = [f"train.activation_checkpointing={str(recompute).lower()}", "model.init_std=1.0"]
+    settings = [f"train.activation_checkpointing={recompute}", "model.init_std=1.0"]
     found = done(stopped_run(tmp_path, *settings, scale=scaled))
     assert {one.bad_output for one in found.passes} == {"blocks.1.attention"}
     assert math.isnan(found.loss) and found.run_loss is None

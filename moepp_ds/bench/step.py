@@ -78,11 +78,11 @@ def load_both(path: Path, overrides: Sequence[str], *, world: int, micro_batches
     """The recipe, shortened, and its vanilla twin. Raises RecipeError."""
     given = load_shortened(path, overrides, world=world, micro_batches=micro_batches)
     moe = given.model.moe
-    if moe.num_zero_computation == 0 or moe.top_k is None or given.train.activation_checkpointing:
+    if moe.num_zero_computation == 0 or moe.top_k is None or given.train.activation_checkpointing == "full":
         raise RecipeError(
             f"{path} has {moe.num_zero_computation} zero-computation experts, top_k {moe.top_k} and "
             f"train.activation_checkpointing {given.train.activation_checkpointing}: what is measured is a MoE++ "
-            "recipe with top_k, without recomputation, beside its vanilla twin; give another one, or --set them"
+            "recipe with top_k, without full recomputation, beside its vanilla twin; give another one, or --set them"
         )
     twin = [*overrides, *(f"model.moe.{setting}" for setting in TWIN)]
     return {OWN: given, VANILLA: load_shortened(path, twin, world=world, micro_batches=micro_batches)}

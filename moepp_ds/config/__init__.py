@@ -31,9 +31,17 @@ from moepp_ds.config.moe import MoEConfig
 from moepp_ds.config.recipe import Recipe
 from moepp_ds.config.routing import ControllerConfig, RouterConfig
 from moepp_ds.config.safety import SafetyConfig
-from moepp_ds.config.training import CheckpointConfig, EvaluationConfig, MonitorConfig, ParallelConfig, TrainConfig
+from moepp_ds.config.training import (
+    ActivationCheckpointing,
+    CheckpointConfig,
+    EvaluationConfig,
+    MonitorConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 
 __all__ = [
+    "ActivationCheckpointing",
     "Capacity",
     "CheckpointConfig",
     "ControllerConfig",

@@ -14,7 +14,7 @@ from moepp_ds.config.errors import RecipeError
 from moepp_ds.config.model import ModelConfig
 from moepp_ds.config.moe import MoEConfig
 from moepp_ds.config.routing import ControllerConfig
-from moepp_ds.config.training import ParallelConfig, TrainConfig
+from moepp_ds.config.training import ActivationCheckpointing, ParallelConfig, TrainConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +119,21 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     return attention + 2 * _router_parameters(model) + experts + dense + small + 2 * width * model.vocab_size
 
 
-def recomputed_flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """What activation checkpointing adds to a token's operations: another forward pass, but for routers and head."""
-    kept = 2 * _router_parameters(model) + 2 * model.hidden_size * model.vocab_size
-    return flops_per_token(model, seq_len) - kept
+def recomputed_flops_per_token(model: ModelConfig, seq_len: int, how: ActivationCheckpointing) -> float:
+    """What activation checkpointing adds to a token's operations.
+
+    `full`: another forward pass, but for routers, head and what attention ends with, the product of its outputs.
+    `selective`: queries, keys and values.
+    """
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    if how == "none":
+        return 0.0
+    if how == "selective":
+        return float(model.num_layers * 2 * model.hidden_size * (queries + 2 * keys))
+    outputs = model.num_layers * queries * model.hidden_size
+    return flops_per_token(model, seq_len) - 2 * (
+        _router_parameters(model) + outputs + model.hidden_size * model.vocab_size
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.config import TokenCount
 from moepp_ds.config.section import Section
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class TrainConfig(Section):
@@ -62,14 +64,22 @@ class TrainConfig(Section):
     gradient_clipping: float = Field(default=1.0, ge=0.0)
     """Largest global gradient norm that an update uses; 0 turns clipping off."""
 
-    activation_checkpointing: bool = False
-    """Whether blocks are recomputed in the backward pass instead of kept: less memory, a third more work."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What the backward pass computes again instead of finding it kept. `selective`: attention up to its scores, a
+    small share of the work, and no assignment is sent again. `full`: blocks but for routing, a third more work, and
+    with expert parallelism half as much again is sent."""
 
     deterministic: bool = False
     """Whether runs on the same layout must be equal bit for bit, on a GPU too, at some cost in speed."""
 
     log_every: int = Field(default=1, ge=1)
     """Updates between progress lines; metrics.jsonl has every update. Steps."""
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _was_a_switch(cls, value: object) -> object:
+        """Recipes in older checkpoints say whether, not how much."""
+        return ("full" if value else "none") if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _has_an_end(self) -> TrainConfig:

@@ -200,28 +200,32 @@ def _logits(recipe: Recipe, *, on_cpu: bool) -> int:
 def rough_activations(recipe: Recipe, *, on_cpu: bool) -> int:
     """About what the backward pass of one micro batch finds kept, in bytes: matrices' inputs, the head's gradients.
 
-    With activation checkpointing two residual streams a block and one block's inside. On a GPU norms keep their input
-    and experts their activation; a CPU keeps norms in fp32, makes an activation again, and where it has no bf16 units
-    multiplies fp32 copies. Masks, routing and what the allocator leaves unused are not in it.
+    With full activation checkpointing the inputs of attention, of experts and of their norm, and one block's inside;
+    with selective, of attention its input and its kernel's output, and one block's inside. On a GPU norms keep their
+    input; a CPU keeps norms in fp32, and where it has no bf16 units multiplies fp32 copies. Masks, routing and what the
+    allocator leaves unused are not in it.
     """
     model, train = recipe.model, recipe.train
     tokens = train.micro_batch_size * recipe.data.seq_len
     width = BYTES_PER_NUMBER[train.precision]
-    product, norm, inner = (_product_width(train.precision), FP32, 2) if on_cpu else (width, width, 4)
+    product, norm = (_product_width(train.precision), FP32) if on_cpu else (width, width)
     hidden, heads = model.hidden_size, (model.num_heads + model.num_kv_heads) * model.head_dim
     copies = 2 * hidden if product > width else 0  # queries, keys and values each widen their input
     attention: float = norm * (2 * hidden + (0 if model.qk_norm == "none" else 2) * heads)
     attention += product * (2 * (hidden + heads) + copies)
     used = model.moe.mean_ffn_experts + model.moe.num_shared_experts
-    of_router = 0 if width == FP32 else FP32 * hidden
-    expert: float = norm * 2 * hidden + of_router
-    expert += width * (hidden + used * (2 * hidden + inner * model.expert_ffn_hidden_size))
-    dense: float = norm * 2 * hidden + width * (hidden + inner * model.ffn_hidden_size)
-    if train.activation_checkpointing:
-        kept: float = width * 2 * model.num_layers * hidden + attention + max(expert, dense)
+    expert: float = norm * 2 * hidden
+    expert += width * (hidden + used * (2 * hidden + 2 * model.expert_ffn_hidden_size))
+    dense: float = norm * 2 * hidden + width * (hidden + 2 * model.ffn_hidden_size)
+    moe = model.num_moe_layers
+    experts = moe * expert + (model.num_layers - moe) * dense
+    if train.activation_checkpointing == "full":
+        kept = model.num_layers * 2 * (width + norm) * hidden + attention + max(expert, dense)
+    elif train.activation_checkpointing == "selective":
+        outside = width * hidden + product * model.num_heads * model.head_dim
+        kept = model.num_layers * outside + attention + experts
     else:
-        moe = model.num_moe_layers
-        kept = model.num_layers * attention + moe * expert + (model.num_layers - moe) * dense
+        kept = model.num_layers * attention + experts
     of_the_head = FP32 * hidden * (tokens + model.vocab_size)
     return round(tokens * kept) + of_the_head
 
