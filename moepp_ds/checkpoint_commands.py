@@ -227,13 +227,15 @@ def prune(
     The newest is read and proven whole first: what is deleted may be needed where it is not. While the run is training
     only checkpoints before the newest go, and what it is writing is left alone.
     """
-    from moepp_ds.checkpoint.files import find_checkpoint, leftovers
+    from moepp_ds.checkpoint.files import find_checkpoint, leftovers, step_of
     from moepp_ds.checkpoint.retention import delete, set_aside, set_aside_before, stored_keep_every, too_old
 
     root = run_dir / "checkpoints"
     newest = find_checkpoint(root)
     if newest is None:
         raise CheckpointError(f"{run_dir} holds no checkpoints: there is no {root / 'latest'}; name a run's folder")
+    if not dry_run:  # before the lock is taken, which would keep the run from being started again meanwhile
+        newest = _proven(newest)
     with ExitStack() as lock:
         try:
             lock.enter_context(closing(take(run_dir / ".lock")))
@@ -242,8 +244,9 @@ def prune(
             training = True
             by = error.by or "a process"
             typer.echo(f"{by} is training in {run_dir}: what it is writing is left alone", err=True)
-        if not dry_run:
-            newest = _proven(newest)
+        now = find_checkpoint(root)
+        if now is None or step_of(now) < step_of(newest):
+            raise CheckpointError(f"nothing was deleted: {run_dir} went back to an earlier one meanwhile; try again")
         if keep_every is None:
             keep_every = stored_keep_every(newest)
         old = too_old(newest, keep=keep, keep_every=keep_every)

@@ -18,6 +18,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -28,9 +29,10 @@ from data_pipeline.document import DataError
 from data_pipeline.locks import Taken, holder, is_free, take
 from moepp_ds.checkpoint.choices import check_resume_word
 from moepp_ds.config import Recipe, RecipeError, load_recipe
+from moepp_ds.intent import intended, note_intent
 from moepp_ds.output import flush_output, print_line
 from moepp_ds.supervisor.hosts import free_port, own_host, read_hostfile
-from moepp_ds.supervisor.job import Graces
+from moepp_ds.supervisor.job import Graces, NotStarted
 from moepp_ds.supervisor.restarts import Rules, supervise
 from moepp_ds.supervisor.roll import Place, Roll, RollError, RollRules
 from moepp_ds.supervisor.verdict import FAILED
@@ -99,14 +101,15 @@ def parse_launch(argv: Sequence[str]) -> Launch:
         )
     recipe = load_recipe(argv[at], known.set)
     run_dir = known.run_dir or Path("runs") / recipe.name
-    check_resume_word(run_dir, known.resume)
+    resume = (intended(run_dir) if known.resume == "auto" else None) or known.resume
+    check_resume_word(run_dir, resume)
     arguments += [word for setting in known.set for word in ("--set", setting)]
     arguments += ["--run-dir", str(run_dir)]
     _check_limits(own)
     roll = _roll_rules(own, options, recipe) if own.no_ssh else None
     if own.hostfile and roll is None:
         options += ["--hostfile", own.hostfile]
-    rules = Rules(run_dir, Graces(own.stop_grace, own.exit_grace), own.max_restarts, known.resume)
+    rules = Rules(run_dir, Graces(own.stop_grace, own.exit_grace), own.max_restarts, resume)
     return Launch(
         rules,
         launcher_options=tuple(options),
@@ -216,7 +219,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
     def command(resume: str, place: Place | None) -> tuple[str, ...]:
-        words = launch.command(resume, place)
+        if resume not in ("auto", "none"):
+            with suppress(OSError):  # on a full disk the run begins all the same
+                note_intent(launch.rules.run_dir, resume)
+        try:
+            words = launch.command(resume, place)
+        except OSError as error:  # no port is free, say
+            raise NotStarted(str(error)) from error
         print_line(f"[train] {shlex.join(words)}")
         return words
 

@@ -16,10 +16,11 @@ from moepp_ds.checkpoint.choices import Choices, check_resume_word, choices_unde
 from moepp_ds.checkpoint.chunks import ANOTHER
 from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from moepp_ds.checkpoint.files import candidates, is_named_by_step, read_index, step_of
-from moepp_ds.checkpoint.live import load_checkpoint
+from moepp_ds.checkpoint.live import all_undamaged, load_checkpoint
 from moepp_ds.config import Recipe, RecipeError
 from moepp_ds.config.stored import dotted, stored_recipe
 from moepp_ds.engine import Ranks
+from moepp_ds.intent import intended
 from moepp_ds.supervisor.attempt import read_record
 
 FIXED_AT_RESUME = ("train.batch_tokens", "train.micro_batch_size")
@@ -42,6 +43,8 @@ def choose_checkpoints(path: Path, resume: str) -> Choices:
     """
     check_resume_word(path, resume)
     own = choices_under(path / "checkpoints")
+    if resume == "auto":
+        resume = intended(path) or resume
     if resume == "none":
         if own.folders or (path / "metrics.jsonl").exists():
             raise RecipeError(f"{path} already holds a run; continue it with --resume auto, or name another --run-dir")
@@ -56,7 +59,8 @@ def choose_checkpoints(path: Path, resume: str) -> Choices:
             )
         return own
     found = find_choices(Path(resume))
-    if (path / "checkpoints").resolve() not in found.folders[0].resolve().parents:
+    # of a checkpoint that was moved away, and its link left here, the link counts
+    if found.folders[0].absolute().parent.resolve() != (path / "checkpoints").resolve():
         lost = "it has checkpoints" if own.folders else _what_stands_against(path, found.folders[0])
         if lost:
             raise RecipeError(
@@ -155,7 +159,7 @@ class Resumption:
         while self._left:
             self.checkpoint = self._left.pop(0)
             try:
-                with all_or_none(DamagedCheckpoint):
+                with all_undamaged():
                     self.index = read_index(self.checkpoint)
             except DamagedCheckpoint as error:
                 self.skipped.append(str(error))

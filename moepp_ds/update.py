@@ -102,8 +102,9 @@ def update(
     verdict = judge_losses(guard, safety, loss=loss, lm_loss=lm_loss)
     bad_M: Tensor | None = None
     if verdict.action == "apply":
+        can_scale_less = _can_scale_less(engine.optimizer)
         engine.step()
-        if engine.optimizer.overflow and engine.optimizer.dynamic_loss_scale:
+        if engine.optimizer.overflow and can_scale_less:
             verdict = replace(verdict, guard=guard)
         elif engine.optimizer.overflow:
             verdict = judge_gradients(guard, safety)
@@ -168,6 +169,17 @@ def _gradients_dropped(zero: Any) -> Iterator[None]:
     finally:
         zero.check_grad_overflow = checks
         del zero.check_overflow, zero._update_scale
+
+
+def _can_scale_less(zero: Any) -> bool:
+    """Whether an overflow may be the fault of fp16's loss scale: it has not fallen as low as it may.
+
+    At the lowest one DeepSpeed would end the run with an error that names no rows.
+    """
+    if not zero.dynamic_loss_scale:
+        return False
+    zero.loss_scaler.raise_error_at_min_scale = False
+    return bool(zero.loss_scaler.cur_scale > zero.loss_scaler.min_scale)
 
 
 def _forget_sums(zero: Any) -> None:

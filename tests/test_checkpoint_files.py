@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,12 @@ from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.chunks import CHUNK_BYTES, ChunkReader, chunk_ranges, prove_chunks, write_chunks
 from moepp_ds.checkpoint.compare import compare
 from moepp_ds.checkpoint.errors import DamagedCheckpoint
-from moepp_ds.checkpoint.files import candidates, find_checkpoint, name_latest, read_index, step_of
+from moepp_ds.checkpoint.files import candidates, find_checkpoint, name_latest, publish, read_index, step_of
 from moepp_ds.checkpoint.fingerprints import Fingerprints
 from moepp_ds.checkpoint.retention import (
     delete,
     left_behind,
+    left_by_killed_saves,
     set_aside,
     set_aside_before,
     set_aside_old,
@@ -238,6 +241,40 @@ def test_candidates(tmp_path: Path, latest: str | None, expected: list[int]) -> 
     assert candidates(tmp_path) == [tmp_path / f"step-{step:08d}" for step in expected]
 
 
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Inside, this process can open no file: an error of the machine, which says nothing of the file."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_what_cannot_be_read_now_is_not_called_damaged(tmp_path: Path) -> None:
+    """For damage an older checkpoint is taken, and without `latest` the newest of an abandoned branch."""
+    hold(tmp_path, 10, 20, 30, latest="step-00000010")
+    note = write_chunks(tmp_path / "file", b"h" * 4096, [memoryview(bytes(5000))])
+    reader = ChunkReader(tmp_path, {"file": note})
+    for read in (
+        lambda: read_index(tmp_path / "step-00000010"),
+        lambda: reader.header("file"),
+        lambda: find_checkpoint(tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match="Too many open files") as error, no_more_files():
+            read()
+        assert type(error.value) is CheckpointError
+    latest = tmp_path / "latest"
+    latest.unlink()
+    latest.mkdir()
+    for find in (candidates, find_checkpoint):
+        with pytest.raises(CheckpointError, match="latest cannot be read: .*Is a directory.*; repair it, or name"):
+            find(tmp_path)
+
+
 def test_an_index_that_cannot_be_looked_at(tmp_path: Path) -> None:
     """It is for the reader to name; the others are found."""
     hold(tmp_path, 10, 20, latest="step-00000020")
@@ -246,7 +283,7 @@ def test_an_index_that_cannot_be_looked_at(tmp_path: Path) -> None:
     index.symlink_to("x" * 300)  # another error than that it is missing
     assert find_checkpoint(tmp_path) == index.parent
     assert candidates(tmp_path) == [index.parent, tmp_path / "step-00000010"]
-    with pytest.raises(DamagedCheckpoint, match=r"index.json is damaged \(.*File name too long"):
+    with pytest.raises(DamagedCheckpoint, match=r"index.json cannot be read: .*File name too long"):
         read_index(index.parent)
 
 
@@ -259,6 +296,29 @@ def test_what_cannot_be_published_leaves_what_was_there(tmp_path: Path) -> None:
         (tmp_path / "step-00000000").mkdir(exist_ok=True)
         (tmp_path / "step-00000000/index.json").write_text("of before")
     assert (tmp_path / "step-00000000/index.json").read_text() == "of before"
+
+
+def test_latest_is_put_back_where_a_save_was_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written already, and perhaps not safe from a power cut."""
+    partial = tmp_path / ".step-00000020.partial"
+    for before in (None, "step-00000010\n"):
+        hold(tmp_path, *([10] if before else []), latest=before)
+        partial.mkdir()
+        synced = iter([None, None, OSError("the disk is gone")])
+
+        def sync(folder: Path) -> None:
+            problem = next(synced, None)
+            if problem:
+                raise problem
+
+        monkeypatch.setattr("moepp_ds.checkpoint.files.sync_folder", sync)
+        monkeypatch.setattr("data_pipeline.atomic.sync_folder", sync)
+        with pytest.raises(OSError, match="the disk is gone"):
+            publish(partial, tmp_path / "step-00000020")
+        assert partial.exists() and not (tmp_path / "step-00000020").exists()
+        assert ((tmp_path / "latest").read_text() if before else None) == before
+        assert (tmp_path / "latest").exists() == bool(before)
+        partial.rmdir()
 
 
 def test_an_index_that_could_not_be_read_is_never_published(tmp_path: Path) -> None:
@@ -333,6 +393,26 @@ def test_two_may_delete_at_once(tmp_path: Path) -> None:
     for name in (".step-00000028.old-0", ".step-00000029.old-0", ".step-00000030.old-1", ".step-00000001.partial"):
         (tmp_path / name).mkdir()
     assert [path.name for path in set_aside_before(newest)] == [".step-00000028.old-0"]
+
+
+def test_what_killed_saves_have_left_goes_before_the_next_one(tmp_path: Path) -> None:
+    hold(tmp_path, 20, latest="step-00000020")
+    hidden = [".step-00000010.old-0", ".step-00000020.old-0", ".step-00000030.old-0"]
+    for name in (*hidden, ".step-00000025.partial", ".unfinished-x-latest"):
+        (tmp_path / name).mkdir()
+    found = left_by_killed_saves(tmp_path, tmp_path / "step-00000020")
+    assert [path.name for path in found] == [hidden[0], ".step-00000025.partial", ".unfinished-x-latest"]
+    assert hidden[0] not in [path.name for path in left_by_killed_saves(tmp_path, None)]
+
+
+def test_what_is_listed_and_not_found_does_not_hold_up_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(path: Path) -> None:
+        raise FileNotFoundError(path)
+
+    hold(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", lost)
+    with pytest.warns(UserWarning, match="cannot be deleted: .*listed but not found.*step-00000001"):
+        delete([tmp_path / "step-00000001"])
 
 
 def prune_once(newest: Path) -> None:

@@ -233,6 +233,23 @@ def test_train_sh_stops_cleanly_under_the_real_launcher(train_sh: Start) -> None
 
 
 @pytest.mark.dist
+def test_where_a_run_was_told_to_begin_is_remembered(recipe: Path, start: Start, tmp_path: Path) -> None:  # noqa: F811
+    """Until it has a checkpoint: a job that is stopped before comes back with `auto`."""
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "checkpoints/step-00000003"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "index.json").touch()
+    command = ["bash", "launch/train.sh", "--num_gpus", "1", "--program", "tests.launched_program", str(recipe)]
+    command += ["--run-dir", str(run_dir), "--resume"]
+    for resume in (str(elsewhere), "auto"):
+        assert start([*command, resume], {"DS_ACCELERATOR": "cpu", "STEPS": "2"}).code() == COMPLETED
+    assert (run_dir / "resumed").read_text().split() == [str(elsewhere)] * 2
+    (run_dir / "checkpoints").mkdir()
+    (run_dir / "checkpoints/latest").write_text("step-00000002\n")
+    assert start([*command, "auto"], {"DS_ACCELERATOR": "cpu", "STEPS": "2"}).code() == COMPLETED
+    assert (run_dir / "resumed").read_text().split()[-1] == "auto"
+
+
+@pytest.mark.dist
 def test_train_sh_reports_a_killed_rank(train_sh: Start) -> None:
     run = train_sh("--exit_grace", "3", DEAF="1")
     run.until_training()

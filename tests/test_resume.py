@@ -19,6 +19,7 @@ from moepp_ds.agreement import AgreedError
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.checkpoint.choices import Choices, check_resume_word
 from moepp_ds.config import RecipeError, load_recipe
+from moepp_ds.intent import intended, note_intent
 from moepp_ds.resume import Resumption, choose_checkpoints, compare_runs
 
 RECIPE = "tests/golden/golden.yaml"
@@ -38,6 +39,37 @@ def hold_run(path: Path, *steps: int) -> None:
 
 def chosen(path: Path, resume: str) -> list[Path]:
     return choose_checkpoints(path, resume).folders
+
+
+def test_where_a_run_was_told_to_begin_counts_until_latest_is_written(tmp_path: Path) -> None:
+    """A job that was stopped while it started comes back with `auto`."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    hold_run(run, 5, 10)
+    hold_run(elsewhere, 7)
+    older, newest = (run / f"checkpoints/step-{step:08d}" for step in (5, 10))
+    note_intent(run, str(older))
+    assert chosen(run, "auto") == [older]
+    assert chosen(run, str(newest)) == [newest]
+    (run / "checkpoints/latest").unlink()
+    (run / "checkpoints/latest").write_text("step-00000010\n")  # written anew
+    assert intended(run) is None and chosen(run, "auto") == [newest, older]
+    early = tmp_path / "early"
+    early.mkdir()
+    note_intent(early, str(elsewhere))
+    assert chosen(early, "auto") == [elsewhere / "checkpoints/step-00000007"]
+    for damage in ("", "[]", '{"resume": 3, "latest": null}', '{"resume": "x"}'):
+        (early / ".resume").write_text(damage)
+        assert intended(early) is None
+
+
+def test_a_checkpoint_that_was_moved_away_is_named_by_its_link(tmp_path: Path) -> None:
+    run, archive = tmp_path / "run", tmp_path / "archive"
+    hold_run(run, 5, 10)
+    archive.mkdir()
+    link = run / "checkpoints/step-00000005"
+    link.rename(archive / link.name)
+    link.symlink_to(archive / link.name)
+    assert chosen(run, str(link)) == [link]
 
 
 def test_where_to_go_on(tmp_path: Path) -> None:

@@ -107,6 +107,12 @@ def test_ranks_that_do_not_stop_are_killed_after_the_grace(supervise: Start) -> 
     assert run.code() == STOPPED  # what was saved before is there to go on from
     assert "; --resume auto goes on from the newest checkpoint (3 processes did not end in time" in run.output
     assert run.living() == []
+    (run.run_dir / "metrics.jsonl").unlink()
+    run = supervise(stop_grace=1, DEAF="1", resume="auto")
+    run.until_training()
+    run.process.terminate()
+    assert run.code() == FAILED  # else a job would be requeued for ever
+    assert run.said()[-1].endswith("; so did the stop before it, and nothing was saved between: see to that first")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGSEGV, marks=pytest.mark.slow)])
@@ -289,6 +295,29 @@ def test_ranks_that_outlived_their_supervisor_are_waited_for(supervise: Start, t
         time.sleep(1)
         assert not (run.run_dir / "resumed").exists()
     assert run.code() == COMPLETED, run.output
+
+
+def test_ranks_of_a_killed_supervisor_are_waited_for(supervise: Start) -> None:
+    """Also those that hold no lock, as all but rank 0."""
+    first = supervise(SAVING="3")
+    first.until_training()
+    first.process.kill()
+    first.process.wait()
+    run = supervise(STEPS="5", resume="auto")
+    run.until(lambda: bool(run.said()))
+    who = r"process \d+(, \d+)* of an earlier supervisor"
+    assert re.fullmatch(rf"waiting up to 30 s for {who}, which still trains here", run.said()[0])
+    assert not (run.run_dir / "saved0").exists()
+    run.until((run.run_dir / "saved1").exists)
+    assert (run.run_dir / "resumed").read_text().split() == ["none"]
+    assert run.code() == COMPLETED, run.output
+
+
+def test_a_launcher_that_cannot_be_started_is_tried_again(supervise: Start) -> None:
+    run = supervise("/no/such/launcher", max_restarts=1)
+    assert run.code() == FAILED
+    said = "failed: [Errno 2] No such file or directory: '/no/such/launcher', so no rank was started"
+    assert [line for line in run.said() if line.startswith("failed")] == [said, said]
 
 
 def test_a_stop_ends_the_waiting_for_them(supervise: Start, tmp_path: Path) -> None:

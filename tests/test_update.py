@@ -19,6 +19,7 @@ CHECKS = [
     "a_gradient_that_only_an_expert_has_is_said_to_be_one",
     "a_loss_scale_that_is_too_large_is_no_incident",
     "a_loss_that_is_no_number_says_nothing_about_the_scale",
+    "the_lowest_scale_cannot_be_too_large_without_an_incident",
     "a_fixed_scale_cannot_be_too_large_without_an_incident",
     "the_guard_goes_from_update_to_update",
     "flags_of_all_ranks_come_together",

@@ -37,6 +37,15 @@ HEADER_ALIGNMENT = 4096
 ANOTHER = "use another checkpoint (in training: --resume PATH)"
 """What an error over a damaged checkpoint advises."""
 
+_PASSING = frozenset(
+    {
+        *(errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM),
+        *(errno.ESTALE, errno.ETIMEDOUT, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN),
+        *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ESHUTDOWN),
+    }
+)
+"""Errors of this machine, or of the way to a file system, that say nothing of a file."""
+
 
 def digest(content: bytes | memoryview) -> str:
     """The checksum of a chunk: 32 hex digits."""
@@ -154,13 +163,28 @@ def _go_through_cache(descriptor: int, error: OSError) -> None:
     fcntl(descriptor, F_SETFL, flags & ~os.O_DIRECT)
 
 
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """What to raise for a file that cannot be read: damage, or what may pass and says nothing of the checkpoint.
+
+    For damage an older checkpoint is taken, and the newer one is deleted in the end.
+    """
+    if error.errno in _PASSING:
+        return CheckpointError(f"{path} cannot be read now: {error}; start again when its file system can")
+    return DamagedCheckpoint(f"{path} cannot be read: {error}; {ANOTHER}")
+
+
 def size_problem(path: Path, size: int) -> str | None:
-    """What is wrong with a file that should be there with `size` bytes; None if nothing is."""
+    """What is wrong with a file that should be there with `size` bytes; None if nothing is.
+
+    Raises CheckpointError where that cannot be seen now.
+    """
     try:
         found = path.stat().st_size
     except FileNotFoundError:
         return f"{path} is missing"
     except OSError as error:
+        if error.errno in _PASSING:
+            raise unreadable(path, error) from error
         return f"{path} cannot be read: {error}"
     if not path.is_file():
         return f"{path} is no file"
@@ -170,7 +194,7 @@ def size_problem(path: Path, size: int) -> str | None:
 class ChunkReader:
     """Reads a checkpoint's files by whole chunks, every one compared with its checksum. The last one is kept.
 
-    Raises DamagedCheckpoint for what is not as the notes say.
+    Raises DamagedCheckpoint for what is not as the notes say, CheckpointError for what cannot be read now.
     """
 
     def __init__(self, folder: Path, notes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -219,7 +243,7 @@ class ChunkReader:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise DamagedCheckpoint(f"{path} cannot be read: {error}; {ANOTHER}") from error
+            raise unreadable(path, error) from error
         if size < stop - start or digest(view) != self._notes[name]["chunks"][number]:
             raise DamagedCheckpoint(f"{path} does not match its checksums in bytes {start} to {stop}; {ANOTHER}")
         self._held = (name, number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from data_pipeline.atomic import TEMPORARY, sync_folder, write_atomically
-from moepp_ds.checkpoint.chunks import ANOTHER, CHUNK_BYTES, count_chunks, digest, size_problem
+from moepp_ds.checkpoint.chunks import ANOTHER, CHUNK_BYTES, count_chunks, digest, size_problem, unreadable
 from moepp_ds.checkpoint.errors import CheckpointError, DamagedCheckpoint
 
 FORMAT = 2
@@ -113,13 +114,20 @@ def write_index(folder: Path, content: Mapping[str, Any], files: Mapping[str, An
 def publish(partial: Path, final: Path) -> None:
     """Give a complete checkpoint its name, and then move `latest`. If that fails, all is as it was before."""
     sync_folder(final.parent.parent)  # which has the name of the folder that all checkpoints are in
+    latest = final.parent / "latest"
+    before = latest.read_bytes() if latest.exists() else None
     # A run that was resumed from an earlier checkpoint comes by here again.
     replaced = hide(final) if final.exists() else None
     try:
         partial.rename(final)
         sync_folder(final.parent)
-        write_atomically(final.parent / "latest", f"{final.name}\n".encode())
+        write_atomically(latest, f"{final.name}\n".encode())
     except OSError:
+        with suppress(OSError):  # written, perhaps, and only not yet safe from a power cut
+            if before is None:
+                latest.unlink(missing_ok=True)
+            elif latest.read_bytes() != before:
+                write_atomically(latest, before)
         if not partial.exists():
             final.rename(partial)
         if replaced is not None:
@@ -133,8 +141,9 @@ def name_latest(folder: Path) -> bool:
     For a run that goes on from an earlier one: what came later is left behind from now on, not from its next save on.
     """
     latest = folder.parent / "latest"
-    if _named_by(latest) == folder:
-        return False
+    with suppress(CheckpointError):  # what cannot be read may still be replaced
+        if _named_by(latest) == folder:
+            return False
     write_atomically(latest, f"{folder.name}\n".encode())
     return True
 
@@ -177,11 +186,17 @@ def find_checkpoint(root: Path) -> Path | None:
 
 
 def _named_by(latest: Path) -> Path | None:
-    """The folder that a file `latest` names, whether it is there or not; None if it names none."""
+    """The folder that a file `latest` names, whether it is there or not; None if it names none.
+
+    Raises CheckpointError where it cannot be read now: it may name an earlier one than there are.
+    """
     try:
         name = latest.read_text(errors="replace").strip()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        said = f"{latest} cannot be read: {error}; repair it, or name a checkpoint by its folder"
+        raise CheckpointError(said) from error
     return latest.parent / name if _NAME.fullmatch(name) else None
 
 
@@ -206,7 +221,9 @@ def read_index(folder: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         index = json.loads(text)
         found = index["format"]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}); {ANOTHER}") from error
     if found != FORMAT:
         raise DamagedCheckpoint(

@@ -43,7 +43,7 @@ from moepp_ds.checkpoint.files import (
 from moepp_ds.checkpoint.fingerprints import Fingerprints
 from moepp_ds.checkpoint.fragments import Fragment, optimizer_facts, owned_fragments, restore_optimizer_facts
 from moepp_ds.checkpoint.host_copies import HostCopies, Tensors
-from moepp_ds.checkpoint.retention import delete, set_aside_old
+from moepp_ds.checkpoint.retention import delete, left_by_killed_saves, set_aside_old
 from moepp_ds.checkpoint.shapes import global_shapes
 from moepp_ds.checkpoint.tensors import StoredTensors, Wanted, write_fragments
 
@@ -128,7 +128,7 @@ class Saver:
         with self._undone_on_failure(step):
             with all_or_none(CheckpointError):
                 if dist.get_rank() == 0:
-                    shutil.rmtree(partial, ignore_errors=True)
+                    delete(left_by_killed_saves(self._root, self.last))
             with all_or_none(CheckpointError):
                 partial.mkdir(parents=True, exist_ok=True)
                 tensors = _live_tensors(self._engine)
@@ -242,16 +242,16 @@ def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any]:
     the engine has then been changed in part, and is whole again once another checkpoint has been loaded.
     """
     shapes = global_shapes(engine.module.config)
-    with _all_undamaged():
+    with all_undamaged():
         index = read_index(folder)
         if shapes != index["parameters"]:
             differences = shape_differences(index["parameters"], shapes)
             raise CheckpointError(f"{folder} holds another model:\n{differences}")
     _check_same_for_all(folder, index)
-    with _all_undamaged():
+    with all_undamaged():
         kinds, stored = stored_kinds(index), StoredTensors(folder, index["files"])
         stored.check_whole(shapes, kinds)
-    with _all_undamaged():
+    with all_undamaged():
         fragments = list(owned_fragments(engine))
         stored.read(_wanted(fragments, kinds))
         restore_optimizer_facts(engine, index)
@@ -260,7 +260,7 @@ def load_checkpoint(engine: Any, folder: Path) -> dict[str, Any]:
             found.add(fragment.name, fragment.start, fragment.tensors["weight"])
     whole = Fingerprints(shapes)
     whole.add_sums(gather(found.sums))
-    with _all_undamaged():
+    with all_undamaged():
         whole.check(index["fingerprints"])
     engine.optimizer.update_lp_params()
     engine.global_steps = index["step"]
@@ -278,7 +278,7 @@ def _wanted(fragments: Iterable[Fragment], kinds: tuple[str, ...]) -> Iterator[W
 
 
 @contextmanager
-def _all_undamaged() -> Iterator[None]:
+def all_undamaged() -> Iterator[None]:
     """As `all_or_none`; what is raised is a DamagedCheckpoint if it is one for some rank. Collective."""
     own: Exception | None = None
     try:

@@ -7,19 +7,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic import TEMPORARY
 from moepp_ds.checkpoint.files import complete_ones, hide, leftovers, read_index, step_of
 
 _HIDDEN = re.compile(r"\.step-([0-9]+)\.old-[0-9]+")
 """The names that `hide` gives."""
+
+_DELETE_TRIES = 20
+"""Of what others delete at the same time, or a file system lists and does not find. A twentieth of a second apart."""
 
 
 def left_behind(folder: Path) -> list[Path]:
@@ -84,6 +90,15 @@ def set_aside_before(newest: Path) -> list[Path]:
     return sorted(path for path, name in hidden.items() if name and int(name[1]) < step_of(newest))
 
 
+def left_by_killed_saves(root: Path, newest: Path | None) -> list[Path]:
+    """What saves that never ended have left, and deletions before `newest`, the run's own; nobody may be saving.
+
+    It goes before the next save: on a disk that has room for just what is kept that one would not fit beside it.
+    """
+    hidden = [] if newest is None else set_aside_before(newest)
+    return sorted([*root.glob(".step-*.partial"), *root.glob(f"{TEMPORARY}*"), *hidden])
+
+
 def delete(paths: Iterable[Path]) -> None:
     """Delete folders and files; what cannot be deleted is warned of, and the next save tries again.
 
@@ -91,12 +106,20 @@ def delete(paths: Iterable[Path]) -> None:
     """
     for path in paths:
         with _only_warned():
-            while os.path.lexists(path):
-                with suppress(FileNotFoundError):  # another process deletes it, too
+            for _ in range(_DELETE_TRIES):
+                try:
                     if path.is_dir() and not path.is_symlink():  # of a checkpoint that was moved away the link goes
                         shutil.rmtree(path)
                     else:
                         path.unlink()
+                except FileNotFoundError:  # another process deletes it, too
+                    if not os.path.lexists(path):
+                        break
+                    time.sleep(0.05)
+                else:
+                    break
+            else:
+                raise OSError(errno.ENOTEMPTY, "something in it is listed but not found", str(path))
 
 
 @contextmanager

@@ -29,6 +29,10 @@ before `deepspeed.launcher.launch`, which looks once a second, makes its zombie 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
+class NotStarted(RuntimeError):
+    """The launcher could not be started, for want of memory or of processes, say; another start may."""
+
+
 class StopRequest:
     """Whether, and since when, this process is asked to stop; a second Ctrl-C is not to be waited for."""
 
@@ -116,9 +120,15 @@ class Job:
         self._launcher_killed = False
 
     def run(self, command: Sequence[str], environment: Mapping[str, str]) -> Ending:
-        """Start the launcher and wait for the last process; meanwhile pass on a stop, kill who overstays."""
+        """Start the launcher and wait for the last process; meanwhile pass on a stop, kill who overstays.
+
+        Raises NotStarted.
+        """
         # A session of its own also keeps a terminal's Ctrl-C away from all but this process.
-        launcher = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+        try:
+            launcher = subprocess.Popen(command, env=dict(environment), start_new_session=True)
+        except OSError as error:
+            raise NotStarted(str(error)) from error
         while alive := session_processes(launcher.pid):
             self._ranks.update({process.pid: process.rank for process in alive if process.rank is not None})
             if launcher.poll() is not None:

@@ -7,6 +7,9 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+RUN_VARIABLE = "MOEPP_SUPERVISED_RUN"
+"""In the environment of what a supervisor starts: the run's folder, and this host's name among several."""
+
 
 @dataclass(frozen=True)
 class Process:
@@ -31,6 +34,13 @@ def session_processes(session: int) -> list[Process]:
     numbers = {pid: _rank_number(pid) for pid in parents}
     helpers = {pid for pid, parent in parents.items() if numbers.get(parent) is not None}
     return [Process(pid, None if pid in helpers else number) for pid, number in numbers.items()]
+
+
+def marked_processes(mark: str) -> list[int]:
+    """The living processes here that a supervisor of a run started, this one or one before it."""
+    variable = f"{RUN_VARIABLE}={mark}".encode()
+    pids = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    return [pid for pid in pids if variable in _read_proc(pid, "environ").split(b"\0") and not has_ended(pid)]
 
 
 def has_ended(pid: int) -> bool:

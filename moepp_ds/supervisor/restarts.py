@@ -26,7 +26,8 @@ from moepp_ds.config import RecipeError
 from moepp_ds.output import print_line
 from moepp_ds.status import time_now, write_status
 from moepp_ds.supervisor.attempt import read_record
-from moepp_ds.supervisor.job import Graces, Job, StopRequest
+from moepp_ds.supervisor.job import Graces, Job, NotStarted, StopRequest
+from moepp_ds.supervisor.processes import RUN_VARIABLE, marked_processes
 from moepp_ds.supervisor.roll import Place, Roll, RollError
 from moepp_ds.supervisor.verdict import FAILED, STOPPED, Verdict, judge, stamp
 
@@ -49,7 +50,7 @@ class Rules:
 
 
 Command = Callable[[str, Place | None], Sequence[str]]
-"""The command line of a start: what it resumes, and this host's place when there are several."""
+"""The command line of a start: what it resumes, and this host's place when there are several. Raises NotStarted."""
 
 
 def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
@@ -57,18 +58,21 @@ def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
     stop = StopRequest()
     stop.listen()
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
-    environment["MOEPP_SUPERVISOR_PID"] = str(os.getpid())
+    environment |= {"MOEPP_SUPERVISOR_PID": str(os.getpid()), RUN_VARIABLE: _mark(rules, roll)}
     latest = rules.run_dir / "checkpoints" / "latest"
     before, best, failures = stamp(latest), steps_done(rules.run_dir), 0
     resume = rules.resume
     # `--resume none` is refused where there is a run, so nothing may start it with `auto`
     begins = resume == "none" and before is None and not (rules.run_dir / "metrics.jsonl").exists()
-    if roll is None and not _earlier_ranks_ended(rules, stop):
+    if not _earlier_ranks_ended(rules, roll, stop):
         return _stopped(rules, roll)
     while True:
         verdict = _attempt(rules, command, resume, roll, environment, stop)
-        _say(rules, verdict.words)
         done, has_moved = steps_done(rules.run_dir), stamp(latest) != before
+        if verdict.code == STOPPED and verdict.reason and _is_stuck(rules, roll):
+            words = f"{verdict.words}; so did the stop before it, and nothing was saved between: see to that first"
+            verdict = replace(verdict, code=FAILED, words=words)
+        _say(rules, verdict.words)
         if resume not in ("auto", "none") and has_moved:  # it went on from where it was told to
             best = 0
         failures = 1 if done > best else failures + 1
@@ -105,8 +109,11 @@ def _attempt(
         resume = place.resume
     status_file = rules.run_dir / "status.json"
     earlier = stamp(status_file)
-    job = Job(rules.graces, stop, roll.trouble if roll is not None else lambda: None)
-    ending = job.run(command(resume, place), environment)
+    try:
+        words = command(resume, place)
+        ending = Job(rules.graces, stop, roll.trouble if roll else lambda: None).run(words, environment)
+    except NotStarted as error:
+        return Verdict(FAILED, f"failed: {error}, so no rank was started", restart=True)
     # A file that an earlier start left does not count.
     status = read_record(status_file) if stamp(status_file) != earlier else None
     verdict = judge(ending, status)
@@ -157,18 +164,50 @@ def _stopped(rules: Rules, roll: Roll | None) -> int:
     return STOPPED
 
 
-def _earlier_ranks_ended(rules: Rules, stop: StopRequest) -> bool:
+def _earlier_ranks_ended(rules: Rules, roll: Roll | None, stop: StopRequest) -> bool:
     """Wait for ranks whose supervisor was killed, and which save before they end; False when a stop came first.
 
-    In vain as long as a stop may take: the start then says who trains there.
+    In vain as long as a stop may take: the start then says who trains there. On several hosts each waits for its own.
     """
-    lock, end = rules.run_dir / ".lock", time.monotonic() + rules.graces.stop
-    if lock.exists() and not is_free(lock):
-        _say(rules, f"waiting up to {rules.graces.stop:g} s for {holder(lock)}, which still trains here")
-    while lock.exists() and not is_free(lock) and time.monotonic() < end:
+
+    def somebody() -> str:
+        lock = rules.run_dir / ".lock"
+        if roll is None and lock.exists() and not is_free(lock):
+            return holder(lock)
+        found = marked_processes(_mark(rules, roll))
+        return f"process {', '.join(map(str, found))} of an earlier supervisor" if found else ""
+
+    end, who = time.monotonic() + rules.graces.stop, somebody()
+    if who:
+        _say(rules, f"waiting up to {rules.graces.stop:g} s for {who}, which still trains here")
+    while somebody() and time.monotonic() < end:
+        if roll is not None:
+            roll.stay()
         if stop.sleep(0.5):
             return False
     return not stop.asked
+
+
+def _is_stuck(rules: Rules, roll: Roll | None) -> bool:
+    """Whether a stop that met a failure is the second one in a row without a save; notes the first.
+
+    A job that comes back to its queue by itself would come back for ever, as on a disk that stays full, where there may
+    be no room for the note either.
+    """
+    note = rules.run_dir / f".unsaved-stop{'-' + roll.own if roll else ''}"
+    writing = f"{stamp(rules.run_dir / 'checkpoints' / 'latest')}\n"
+    try:
+        if note.exists() and note.read_text() == writing:
+            return True
+        note.write_text(writing)
+    except OSError:
+        return True
+    return False
+
+
+def _mark(rules: Rules, roll: Roll | None) -> str:
+    """What the processes of this run on this host have in their environment; two hosts may be one machine."""
+    return f"{rules.run_dir.resolve()}@{roll.own if roll else ''}"
 
 
 def pause_after(failures: int) -> float:

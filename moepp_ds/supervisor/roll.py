@@ -90,6 +90,11 @@ class Roll:
         self._place: Place | None = None
         self._heard: dict[str, tuple[int, int]] = {}  # host -> its last beat, and ours when it came
 
+    @property
+    def own(self) -> str:
+        """This host's name in the hostfile."""
+        return self._rules.own
+
     def join(self, stop: StopRequest, resume: str) -> Place | None:
         """Take part in the next attempt, once its hosts are there; None when a stop came first.
 
@@ -114,6 +119,17 @@ class Roll:
                 return place
             stop.sleep(0.2)
         return None
+
+    def stay(self) -> None:
+        """Beat in the attempt that this host's earlier supervisor took part in, for its ranks, which are still ending.
+
+        The other hosts' ranks may be saving together with them, and would be ended for this one's silence.
+        """
+        now, newest = time.monotonic(), newest_attempt(self._folder)
+        if newest is not None and not newest.ends() and now >= self._next_beat:
+            self._next_beat = now + self._rules.silence / SILENT_BEATS
+            with suppress(OSError):
+                newest.write_beat(self._rules.own, newest.beat(self._rules.own) + 1)
 
     def trouble(self) -> str | None:
         """What ended the attempt on another host, or which host is gone; None while all goes well. Beats."""

@@ -210,6 +210,15 @@ def a_loss_that_is_no_number_says_nothing_about_the_scale() -> None:
     assert optimizer_facts(engine) == before and before["loss_scaler"]["cur_scale"] == 256.0
 
 
+def the_lowest_scale_cannot_be_too_large_without_an_incident() -> None:
+    engine = fp16_engine(initial_scale_power=1, hysteresis=1, min_loss_scale=1)
+    with spoiled_gradient(engine, rank=0):
+        assert one_update(engine, BAD).incident is None and engine.optimizer.loss_scale == 1
+        result = one_update(engine, BAD, safety=SKIP)
+    assert result.incident is not None and (result.incident.kind, result.incident.action) == ("gradient", "skip")
+    assert not result.taken and engine.optimizer.loss_scale == 1
+
+
 def a_fixed_scale_cannot_be_too_large_without_an_incident() -> None:
     engine = fp16_engine(loss_scale=2.0**40)
     incident = one_update(engine, 0).incident
@@ -250,6 +259,7 @@ CHECKS: list[Callable[[], None]] = [
     a_gradient_that_only_an_expert_has_is_said_to_be_one,
     a_loss_scale_that_is_too_large_is_no_incident,
     a_loss_that_is_no_number_says_nothing_about_the_scale,
+    the_lowest_scale_cannot_be_too_large_without_an_incident,
     a_fixed_scale_cannot_be_too_large_without_an_incident,
     the_guard_goes_from_update_to_update,
     flags_of_all_ranks_come_together,
