@@ -15,8 +15,8 @@ from moepp_ds import checkpoint_commands
 from moepp_ds.bench import commands as bench_commands
 from moepp_ds.checkpoint import CheckpointError
 from moepp_ds.config import RecipeError, load_recipe
-from moepp_ds.json_option import Json, check_place, write_json
 from moepp_ds.report import print_report, report_run
+from moepp_ds.result_files import Json, check_place, write_json
 
 # Commands that load a model import it inside: the others answer at once.
 

@@ -89,10 +89,13 @@ def document_layout(tokens_BS: Tensor, eos_id: int) -> tuple[Tensor, Tensor]:
     return index_S - start_BS, document_BS
 
 
-def document_mask(document_BS: Tensor) -> Tensor:
-    """Who sees whom, bool [B, 1, S, Z]: the same document, and not the future."""
-    same_B1SZ = document_BS[:, None, :, None] == document_BS[:, None, None, :]
-    return same_B1SZ.tril()
+def document_mask(document_BS: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores, [B, 1, S, Z] of `dtype`: 0 for the same document and not the future, else -inf.
+
+    One for all layers: of a mask of booleans every call of the kernel would make such a one, and keep it.
+    """
+    seen_B1SZ = (document_BS[:, None, :, None] == document_BS[:, None, None, :]).tril()
+    return torch.zeros(seen_B1SZ.shape, dtype=dtype, device=document_BS.device).masked_fill_(~seen_B1SZ, -torch.inf)
 
 
 class CausalSelfAttention(nn.Module):
@@ -137,13 +140,12 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = RMSNorm(key_width if full else self.head_width, norm_eps)
 
     def forward(
-        self, x_BSD: Tensor, positions_BS: Tensor | None = None, document_BS: Tensor | None = None
+        self, x_BSD: Tensor, positions_BS: Tensor | None = None, mask_B1SZ: Tensor | None = None
     ) -> Tensor:
         """Attend; returns [B, S, D] in x's dtype.
 
-        positions_BS: int positions for the rotation, by default 0..S-1. document_BS: int document of each
-        token; without it a row is one document and the fast causal kernels serve. Both come from
-        `document_layout`.
+        positions_BS: int positions for the rotation, by default 0..S-1, see `document_layout`. mask_B1SZ: see
+        `document_mask`, in `product_dtype`; without it a row is one document and the fast causal kernels serve.
         """
         if positions_BS is None:
             positions_BS = torch.arange(x_BSD.shape[1], device=x_BSD.device)[None]
@@ -155,8 +157,8 @@ class CausalSelfAttention(nn.Module):
             apply_rotary(q_BHSA, cos_B1SP, sin_B1SP).to(fast),
             self._to_all_heads(apply_rotary(k_BUSA, cos_B1SP, sin_B1SP).to(fast)),
             self._to_all_heads(v_BUSA.to(fast)),
-            attn_mask=None if document_BS is None else document_mask(document_BS),
-            is_causal=document_BS is None,
+            attn_mask=mask_B1SZ,
+            is_causal=mask_B1SZ is None,
         )
         return linear(y_BHSA.transpose(1, 2).flatten(2).to(x_BSD.dtype), self.o_proj.weight)
 

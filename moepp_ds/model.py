@@ -7,6 +7,8 @@ loss = cross-entropy(norm(h) W_head, next tokens) + beta * sum of balance losses
 
 Pre-norm, RMSNorm, rotary positions, SwiGLU, head untied from the embedding. With `every: n` only each n-th block has a
 MoE++ layer and the others a dense FFN of the same expert function; the router logits travel past them.
+
+Axis letters, beside the project's: Z sequence as keys.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from moepp_ds.attention import CausalSelfAttention, RMSNorm, document_layout
+from moepp_ds.attention import CausalSelfAttention, RMSNorm, document_layout, document_mask
 from moepp_ds.config import ActivationCheckpointing, ModelConfig, MoEConfig, expert_capacity
 from moepp_ds.controller import RoutingInputs
 from moepp_ds.cross_entropy import mean_token_loss, token_losses
@@ -28,6 +30,7 @@ from moepp_ds.experts import FFNExperts
 from moepp_ds.keyed import keyed_generator
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.moe_layer import LayerSettings, MoELayer, MoEReport
+from moepp_ds.products import product_dtype
 from moepp_ds.router import RouterSettings, jitter
 from moepp_ds.statistics import RoutingStatistics, stack
 
@@ -85,7 +88,7 @@ class Block(nn.Module):
         self,
         h_BSD: Tensor,
         positions_BS: Tensor | None,
-        document_BS: Tensor | None,
+        mask_B1SZ: Tensor | None,
         logits_TE: Tensor | None,
         told: Mapping[str, Tensor | None],
     ) -> tuple[Tensor, MoEReport | None]:
@@ -95,7 +98,7 @@ class Block(nn.Module):
         """
         again = self.recompute if torch.is_grad_enabled() else "none"
         keep = _ATTENTION_KERNELS if again == "selective" else ()
-        h_BSD = h_BSD + _maybe_recompute(again != "none", self._attend, h_BSD, positions_BS, document_BS, keep=keep)
+        h_BSD = h_BSD + _maybe_recompute(again != "none", self._attend, h_BSD, positions_BS, mask_B1SZ, keep=keep)
         x_TD = self.ffn_norm(h_BSD).flatten(0, 1)
         if self.moe is not None:
             out = self.moe(x_TD, logits_TE, recompute=again == "full", **told)
@@ -103,8 +106,8 @@ class Block(nn.Module):
         assert self.ffn is not None
         return h_BSD + _maybe_recompute(again == "full", self.ffn, x_TD, (len(x_TD),)).view_as(h_BSD), None
 
-    def _attend(self, h_BSD: Tensor, positions_BS: Tensor | None, document_BS: Tensor | None) -> Tensor:
-        return self.attention(self.attention_norm(h_BSD), positions_BS, document_BS)
+    def _attend(self, h_BSD: Tensor, positions_BS: Tensor | None, mask_B1SZ: Tensor | None) -> Tensor:
+        return self.attention(self.attention_norm(h_BSD), positions_BS, mask_B1SZ)
 
 
 def _maybe_recompute(
@@ -176,15 +179,16 @@ class MoEPlusPlusModel(nn.Module):
     def hidden(self, tokens_BS: Tensor, routing: RoutingInputs | None = None) -> tuple[Tensor, list[MoEReport]]:
         """The normalised last hidden state [B, S, D] and what every MoE layer reports."""
         routing = routing or RoutingInputs()
-        positions_BS = document_BS = None
+        positions_BS = mask_B1SZ = None
+        h_BSD = self.embedding(tokens_BS)
         if self.config.document_attention:
             positions_BS, document_BS = document_layout(tokens_BS, self.eos_id)
-        h_BSD = self.embedding(tokens_BS)
+            mask_B1SZ = document_mask(document_BS, product_dtype(h_BSD))
         layers: list[MoEReport] = []
         for block in self.blocks:
             logits_TE = layers[-1].logits_TE if layers else None
             told = {} if block.moe is None else self._tell(len(layers), routing, h_BSD)
-            h_BSD, report = block(h_BSD, positions_BS, document_BS, logits_TE, told)
+            h_BSD, report = block(h_BSD, positions_BS, mask_B1SZ, logits_TE, told)
             layers += [] if report is None else [report]
         return self.norm(h_BSD), layers
 

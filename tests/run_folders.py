@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def status(run: Path) -> dict[str, Any]:
     for key in ("time", "host", "pid", "checkpoint"):
         del marker[key]
     return marker
+
+
+def drawn(picture: Path) -> set[str]:
+    """What is written in a picture of matplotlib's, an .svg: each text stands beside its outlines."""
+    return set(re.findall(r"<!-- (.*?) -->", picture.read_text()))
 
 
 def sets(*settings: str) -> list[str]:

@@ -145,9 +145,9 @@ def test_document_layout_for_every_short_row() -> None:
 
 
 def test_document_mask_by_hand() -> None:
-    assert document_mask(torch.tensor([[0, 0, 1, 1]])).int().tolist() == [
-        [[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]
-    ]
+    no, mask_B1SZ = -float("inf"), document_mask(torch.tensor([[0, 0, 1, 1]]), torch.bfloat16)
+    assert mask_B1SZ.dtype == torch.bfloat16
+    assert mask_B1SZ.tolist() == [[[[0, no, no, no], [0, 0, no, no], [no, no, 0, no], [no, no, 0, 0]]]]
 
 
 # Attention
@@ -222,7 +222,8 @@ def test_values_and_gradients_equal_the_oracle(with_documents: bool, choices: di
     if with_documents:
         positions_BS, document_BS = document_layout(TOKENS_BS, EOS)
     expected = oracle(layer, x_BSD, positions_BS.tolist(), document_BS.tolist())
-    actual = layer(x_BSD, positions_BS, document_BS) if with_documents else layer(x_BSD)
+    mask_B1SZ = document_mask(document_BS, x_BSD.dtype)
+    actual = layer(x_BSD, positions_BS, mask_B1SZ) if with_documents else layer(x_BSD)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
     inputs = (x_BSD, *layer.parameters())
@@ -235,12 +236,12 @@ def test_values_and_gradients_equal_the_oracle(with_documents: bool, choices: di
 
 def test_no_token_sees_the_future() -> None:
     layer, x_BSD = attention(), random(1, 6, 8)
-    for documents in (None, torch.zeros(1, 6, dtype=torch.int64)):
-        before = layer(x_BSD, None, documents)
+    for mask_B1SZ in (None, document_mask(torch.zeros(1, 6, dtype=torch.int64), x_BSD.dtype)):
+        before = layer(x_BSD, None, mask_B1SZ)
         for s in range(6):
             changed_BSD = x_BSD.clone()
             changed_BSD[:, s] += 1
-            after = layer(changed_BSD, None, documents)
+            after = layer(changed_BSD, None, mask_B1SZ)
             assert torch.equal(after[:, :s], before[:, :s])
             assert ((after[:, s:] - before[:, s:]).abs().amax(-1) > 1e-6).all()
 
@@ -248,19 +249,20 @@ def test_no_token_sees_the_future() -> None:
 def test_documents_are_isolated_and_equal_themselves_alone() -> None:
     layer, x_BSD = attention(), random(1, 6, 8)
     positions_BS, document_BS = document_layout(torch.tensor([[1, 2, EOS, 3, 4, 5]]), EOS)
-    whole = layer(x_BSD, positions_BS, document_BS)
+    mask_B1SZ = document_mask(document_BS, x_BSD.dtype)
+    whole = layer(x_BSD, positions_BS, mask_B1SZ)
     torch.testing.assert_close(whole[:, :3], layer(x_BSD[:, :3]), rtol=0, atol=1e-14)
     torch.testing.assert_close(whole[:, 3:], layer(x_BSD[:, 3:]), rtol=0, atol=1e-14)
     changed_BSD = x_BSD.clone()
     changed_BSD[:, :3] = 1e3 * random(1, 3, 8, seed=7)
-    assert torch.equal(layer(changed_BSD, positions_BS, document_BS)[:, 3:], whole[:, 3:])
+    assert torch.equal(layer(changed_BSD, positions_BS, mask_B1SZ)[:, 3:], whole[:, 3:])
     # Without document ends the second document does see the first.
     assert not torch.allclose(layer(x_BSD)[:, 3:], whole[:, 3:])
 
 
 def test_one_document_with_a_mask_equals_the_causal_kernel() -> None:
     layer, x_BSD = attention(), random(2, 6, 8)
-    masked = layer(x_BSD, None, torch.zeros(2, 6, dtype=torch.int64))
+    masked = layer(x_BSD, None, document_mask(torch.zeros(2, 6, dtype=torch.int64), x_BSD.dtype))
     torch.testing.assert_close(masked, layer(x_BSD), rtol=0, atol=1e-14)
 
 

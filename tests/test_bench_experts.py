@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import ROOT
 from loaded_models import start_run
+from run_folders import drawn
 from typer.testing import CliRunner
 
 from moepp_ds.__main__ import app
 from moepp_ds.bench.experts import bench_experts
 from moepp_ds.bench.presets import PRESETS, LayerSizes
 from moepp_ds.bench.routes import balanced_counts, forced_routes, ideal_speedup
-from moepp_ds.config import load_recipe
+from moepp_ds.config import RecipeError, load_recipe
 from moepp_ds.kinds import ExpertKinds
 from moepp_ds.timing import WARM_UP, ratio, take_turns
 
@@ -87,12 +88,17 @@ def test_every_tau_is_measured(device: str, dtype: torch.dtype) -> None:
 
 def test_command(tmp_path: Path) -> None:
     options = ["--tokens", "16", "--repeats", "1", "--taus", "0.5", "--dtype", "bf16", "--device", "cpu"]
-    done = CliRunner().invoke(app, ["bench", "experts", *options, "--json", str(tmp_path / "found.json")])
+    files = ["--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.svg")]
+    done = CliRunner().invoke(app, ["bench", "experts", *options, *files])
     assert done.exit_code == 0, done.output
+    assert {"tau", "0.5", "ideal", "forward", "forward + backward"} <= drawn(tmp_path / "found.svg")
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["preset"], found["tokens"], found["dtype"], found["repeats"]) == ("0.6b", 16, "bf16", 1)
     assert set(found["rows"][0]) == {"tau", "ideal", "measured", "measured_backward"}
     assert "of ideal" in done.output
+    for place, words in [("found.txt", "ends in .png, .svg or .pdf"), ("no/found.png", "in a folder that exists")]:
+        done = CliRunner().invoke(app, ["bench", "experts", *options, "--plot", str(tmp_path / place)])
+        assert isinstance(done.exception, RecipeError) and words in str(done.exception)
     for taus in ("0", "2", "x"):
         assert CliRunner().invoke(app, ["bench", "experts", *options, "--taus", taus]).exit_code == 2
 
@@ -101,8 +107,10 @@ def test_a_trained_model_is_measured_by_its_own_routing(tmp_path: Path) -> None:
     """Of the golden recipe's model, at its start: 2 held-out rows of 64 tokens, 3 MoE layers, 2 choices a token."""
     start_run(tmp_path / "run", std=0.3)
     options = ["--rows", "2", "--repeats", "1", "--device", "cpu", "--json", str(tmp_path / "found.json")]
-    done = CliRunner().invoke(app, ["bench", "trained", str(tmp_path / "run"), *options])
+    picture = ["--plot", str(tmp_path / "found.svg")]
+    done = CliRunner().invoke(app, ["bench", "trained", str(tmp_path / "run"), *options, *picture])
     assert done.exit_code == 0, done.output
+    assert {"MoE layer", "ideal"} <= drawn(tmp_path / "found.svg")
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["tokens"] == 128 and [row["layer"] for row in found["rows"]] == [0, 1, 2]
     for row in found["rows"]:

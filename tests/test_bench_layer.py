@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import drawn
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -93,8 +94,10 @@ def test_the_products_are_those_of_the_kept_rows() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_command(tmp_path: Path, dtype: str) -> None:
     options = ["--tokens", "24", "--repeats", "1", "--dtype", dtype, "--device", "cpu"]
-    done = CliRunner().invoke(app, ["bench", "layer", *options, "--json", str(tmp_path / "found.json")])
+    files = ["--json", str(tmp_path / "found.json"), "--plot", str(tmp_path / "found.svg")]
+    done = CliRunner().invoke(app, ["bench", "layer", *options, *files])
     assert done.exit_code == 0, done.output
+    assert {OWN, MIXTRAL, "forward", "forward + backward", "seconds"} <= drawn(tmp_path / "found.svg")
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["tau"], round(found["ideal"], 3)) == (0.75, 1.667)
     rows = {row["name"]: row for row in found["rows"]}

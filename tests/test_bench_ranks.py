@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, run_in_group
-from run_folders import sets
+from run_folders import drawn, sets
 from typer.testing import CliRunner
 
 from moepp_ds.__main__ import app
@@ -42,7 +42,8 @@ def test_an_update_sends_what_its_routing_says(tmp_path: Path) -> None:
     fp32 = ("deepspeed=ds_configs/zero2_fp32.json", "train.precision=fp32", "parallel.expert_parallel=2")
     sizes = ("model.num_layers=2", "data.seq_len=20", "train.micro_batch_size=4", "train.batch_tokens=80")
     arguments = [QUICKSTART, *sets(*fp32, *sizes), "--repeats", "2", "--micro-batches", "3"]
-    found, said = _bench(tmp_path, "step", *arguments)
+    found, said = _bench(tmp_path, "step", *arguments, "--plot", str(tmp_path / "found.svg"))
+    assert {"recipe", "vanilla twin", "seconds"} <= drawn(tmp_path / "found.svg")
     width = 128
     ranks, passes, layers, journeys = 2, 3, 2, 4
     leaving = 2 * 80 * 6 // 10 // 2
@@ -58,7 +59,9 @@ def test_an_update_sends_what_its_routing_says(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_every_journey_is_as_long_as_the_routing_says(tmp_path: Path) -> None:
-    found, said = _bench(tmp_path, "all2all", "--tokens", "80", "--tau", "0.75", "--dtype", "bf16", "--repeats", "1")
+    options = ["--tokens", "80", "--tau", "0.75", "--dtype", "bf16", "--repeats", "1"]
+    found, said = _bench(tmp_path, "all2all", *options, "--plot", str(tmp_path / "found.png"))
+    assert (tmp_path / "found.png").read_bytes()[:4] == b"\x89PNG"
     expected = 2 * (2 * 80 * 6 // 10 // 2) * 768 * 2
     assert found["expected"] == expected and found["ffn_share"] == 0.6
     assert list(found["sent"].values()) == [expected] * 4
@@ -110,8 +113,10 @@ def test_what_cannot_be_measured_is_refused(arguments: list[str], words: str) ->
 
 def test_memory_of_layers(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
-    done = CliRunner().invoke(app, ["bench", "memory", "--tokens", "60", "--device", "cpu", "--json", str(file)])
+    options = ["--tokens", "60", "--device", "cpu", "--json", str(file), "--plot", str(tmp_path / "found.svg")]
+    done = CliRunner().invoke(app, ["bench", "memory", *options])
     assert done.exit_code == 0, done.output
+    assert {"MB", "MoE++", "forward + backward"} <= drawn(tmp_path / "found.svg")
     peaks = json.loads(file.read_text())["peak_bytes"]
     assert set(peaks) == {"forward", "forward_backward"} and "MoE++" in peaks["forward"]
     # gradients of 8 experts' weights are the least there is
@@ -120,8 +125,9 @@ def test_memory_of_layers(tmp_path: Path) -> None:
 
 def test_growth_of_a_layer(tmp_path: Path) -> None:
     options = ["--tokens", "16", "--repeats", "1", "--device", "cpu", "--json", str(tmp_path / "found.json")]
-    done = CliRunner().invoke(app, ["bench", "growth", *options])
+    done = CliRunner().invoke(app, ["bench", "growth", *options, "--plot", str(tmp_path / "found.svg")])
     assert done.exit_code == 0, done.output
+    assert {"more tokens", "more experts", "128", "64"} <= drawn(tmp_path / "found.svg")
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert [(row["growing"], row["tokens"], row["num_ffn"]) for row in rows] == [
         *(("tokens", tokens, 8) for tokens in (16, 32, 64, 128)),

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from moepp_ds.agreement import gather
-from moepp_ds.bench.cases import Graph, machine
+from moepp_ds.bench.cases import Graph, in_words, machine
 from moepp_ds.bench.on_ranks import take_turns_on_ranks
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.bench.routes import Routes, balanced_counts, forced_routes
@@ -170,9 +170,8 @@ def _rows(exchange: AllToAll, rows_RD: Tensor, routes: Routes) -> None:
 
 def print_all2all(result: AllToAllResult, console: Console) -> None:
     """Bytes of every journey, then the times."""
-    words = ", ".join(f"{key} {value}" for key, value in result.machine.items())
     share = f"{result.ffn_share:.4f} of the assignments are for FFN experts"
-    console.print(f"{result.world} ranks, tau {result.tau:g}: {share}; {words}")
+    console.print(f"{result.world} ranks, tau {result.tau:g}: {share}; {in_words(result.machine)}")
     for name, count in result.sent.items():
         console.print(f"{name}: {count:,} bytes to other ranks, of {result.expected:,} expected")
     table = Table("", "forward", "of layer")

@@ -140,6 +140,11 @@ def vanilla(kinds: ExpertKinds) -> ExpertKinds:
     return replace(kinds, num_constant=0, num_copy=0, num_zero=0)
 
 
+def in_words(machine: Mapping[str, Any]) -> str:
+    """What `machine` tells, on a line."""
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Where it was measured."""
     cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from moepp_ds.config import RecipeError
-from moepp_ds.json_option import Json, check_place, write_json
+from moepp_ds.result_files import Json, Plot, check_place, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,7 @@ def experts(
     threads: Threads = None,
     device: Device = None,
     json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """The experts of an MoE++ layer beside the same layer without zero-computation experts, at forced balance."""
     from moepp_ds.bench.experts import bench_experts, print_experts
@@ -59,7 +61,7 @@ def experts(
     def run() -> object:
         return bench_experts(_sizes(preset), [_tau(word) for word in taus.split(",")], **at)
 
-    _report(given, run, print_experts, json)
+    _report(given, run, print_experts, json, plot)
 
 
 @app.command()
@@ -72,13 +74,14 @@ def layer(
     threads: Threads = None,
     device: Device = None,
     json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """A whole MoE++ layer beside its vanilla twin, DeepSpeed's, Mixtral's, a loop over experts and a dense FFN."""
     from moepp_ds.bench.layer import bench_layer, print_layer
 
     given = {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats}
     at = {"tokens": tokens, "repeats": repeats, **_machine(dtype, threads, device)}
-    _report(given, lambda: bench_layer(_sizes(preset), _tau(tau), **at), print_layer, json)
+    _report(given, lambda: bench_layer(_sizes(preset), _tau(tau), **at), print_layer, json, plot)
 
 
 @app.command()
@@ -89,13 +92,14 @@ def memory(
     dtype: Dtype = "fp32",
     device: Device = None,
     json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """The memory that these layers take beyond weights and inputs."""
     from moepp_ds.bench.memory import bench_memory, print_memory
 
     given = {"preset": preset, "tokens": tokens, "dtype": dtype}
     at = {"tokens": tokens, **_machine(dtype, None, device)}
-    _report(given, lambda: bench_memory(_sizes(preset), _tau(tau), **at), print_memory, json)
+    _report(given, lambda: bench_memory(_sizes(preset), _tau(tau), **at), print_memory, json, plot)
 
 
 @app.command()
@@ -108,13 +112,14 @@ def growth(
     threads: Threads = None,
     device: Device = None,
     json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """The time of a token in a MoE++ layer with more tokens, and with more experts."""
     from moepp_ds.bench.growth import bench_growth, print_growth
 
     given = {"preset": preset, "tau": tau, "dtype": dtype, "repeats": repeats}
     at = {"tokens": tokens, "repeats": repeats, **_machine(dtype, threads, device)}
-    _report(given, lambda: bench_growth(_sizes(preset), _tau(tau), **at), print_growth, json)
+    _report(given, lambda: bench_growth(_sizes(preset), _tau(tau), **at), print_growth, json, plot)
 
 
 @app.command()
@@ -127,6 +132,7 @@ def trained(
     device: Device = None,
     overrides: Overrides = None,
     json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """The experts of a trained model, by its own routing of held-out text, beside their vanilla twin."""
     from moepp_ds.bench.trained import bench_trained, print_trained
@@ -134,7 +140,7 @@ def trained(
 
     loaded = load_model(checkpoint, overrides or [], **_machine(dtype, threads, device))
     given = {"checkpoint": str(loaded.folder), "dtype": dtype, "repeats": repeats}
-    _report(given, lambda: bench_trained(loaded, rows=rows, repeats=repeats), print_trained, json)
+    _report(given, lambda: bench_trained(loaded, rows=rows, repeats=repeats), print_trained, json, plot)
 
 
 @app.command()
@@ -145,6 +151,7 @@ def step(
     micro_batches: MicroBatches = 1,
     repeats: Repeats = 7,
     json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """A whole update of a recipe beside its vanilla twin's, on RANKS ranks, at forced balance."""
     from moepp_ds.bench.on_ranks import on_ranks
@@ -156,7 +163,8 @@ def step(
 
         recipes = load_both(path, overrides or [], world=joined.world, micro_batches=micro_batches)
         given = {"recipe": str(path), "set": overrides or [], "repeats": repeats}
-        _report(given, lambda: bench_step(recipes, joined, repeats=repeats), print_step, json, first=joined.is_first)
+        run = partial(bench_step, recipes, joined, repeats=repeats)
+        _report(given, run, print_step, json, plot, first=joined.is_first)
 
 
 @app.command()
@@ -168,6 +176,7 @@ def all2all(
     dtype: Dtype = "fp32",
     repeats: Repeats = 7,
     json: Json = None,
+    plot: Plot = None,
 ) -> None:
     """What expert parallelism sends, to the byte, and what it costs a layer, at forced balance."""
     from moepp_ds.bench.on_ranks import on_ranks
@@ -176,14 +185,10 @@ def all2all(
         from moepp_ds.bench.all2all import bench_all2all, print_all2all
 
         given = {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats}
-        at = {"tokens": tokens, "dtype": _dtype(dtype), "repeats": repeats}
-        _report(
-            given,
-            lambda: bench_all2all(_sizes(preset), _tau(tau), joined, **at),  # type: ignore[arg-type]
-            print_all2all,
-            json,
-            first=joined.is_first,
+        run = partial(
+            bench_all2all, _sizes(preset), _tau(tau), joined, tokens=tokens, dtype=_dtype(dtype), repeats=repeats
         )
+        _report(given, run, print_all2all, json, plot, first=joined.is_first)
 
 
 @app.command()
@@ -215,6 +220,7 @@ def _report(
     run: Callable[[], Any],
     show: Callable[[Any, Console], None],
     json: Path | None,
+    plot: Path | None,
     *,
     first: bool = True,
 ) -> None:
@@ -227,6 +233,7 @@ def _report(
     from rich.console import Console
 
     check_place(json)
+    check_place(plot, "--plot")
     try:
         result = run()
     except RecipeError:
@@ -236,6 +243,10 @@ def _report(
     if first:
         write_json(json, {**given, **asdict(result)})
         show(result, Console())
+        if plot is not None:
+            from moepp_ds.bench.plot import write_plot  # matplotlib is loaded for it alone
+
+            write_plot(plot, result)
 
 
 def _sizes(preset: str) -> LayerSizes:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moepp_ds.bench.cases import Case, Graph, machine, measure, random_layer, vanilla
+from moepp_ds.bench.cases import Case, Graph, in_words, machine, measure, random_layer, vanilla
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.bench.routes import Routes, forced_routes, ideal_speedup
 from moepp_ds.moe_layer import LayerSettings, MoELayer
@@ -88,8 +88,7 @@ def experts_case(layer: MoELayer, routes: Routes, x_TD: Tensor) -> Graph:
 
 def print_experts(result: ExpertsResult, console: Console) -> None:
     """A line for each tau: the ideal, what was measured, and its share of the ideal."""
-    words = ", ".join(f"{key} {value}" for key, value in result.machine.items())
-    console.print(f"times as fast as the vanilla twin; {words}")
+    console.print(f"times as fast as the vanilla twin; {in_words(result.machine)}")
     table = Table("tau", "ideal", "forward", "of ideal", "forward + backward", "of ideal")
     for row in result.rows:
         shares = [(value, value / row.ideal) for value in (row.measured, row.measured_backward)]

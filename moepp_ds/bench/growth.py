@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moepp_ds.bench.cases import DIRECTIONS, Case, machine, measure
+from moepp_ds.bench.cases import DIRECTIONS, Case, in_words, machine, measure
 from moepp_ds.bench.layer import own_case
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.kinds import ExpertKinds
@@ -79,7 +79,7 @@ def _times(kinds: ExpertKinds, factor: int) -> ExpertKinds:
 
 def print_growth(result: GrowthResult, console: Console) -> None:
     """A line for each size."""
-    console.print("time per token, of the first line's; " + ", ".join(f"{k} {v}" for k, v in result.machine.items()))
+    console.print(f"time per token, of the first line's; {in_words(result.machine)}")
     table = Table("grows", "tokens", "FFN experts", "forward", "forward + backward")
     for row in result.rows:
         times = (f"{getattr(row, direction):.3f}" for direction in DIRECTIONS)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from moepp_ds.bench.cases import Case, Graph, machine, measure, plain_products, random_layer, vanilla
+from moepp_ds.bench.cases import Case, Graph, in_words, machine, measure, plain_products, random_layer, vanilla
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.bench.rivals import DeepSpeedLayer, DenseLayer, MixtralLayer, PerExpertLoop
 from moepp_ds.bench.routes import balanced_choices, balanced_counts, ideal_speedup, steered_tokens
@@ -164,8 +164,8 @@ def _row(seconds: dict[str, dict[str, list[float]]], name: str) -> Row:
 
 def print_layer(result: LayerResult, console: Console) -> None:
     """A line for each layer; what the products alone take shows how much faster a layer could be."""
-    words = ", ".join(f"{key} {value}" for key, value in result.machine.items())
-    console.print(f"MoE++ at tau {result.tau:g}, ideally {result.ideal:.2f} times as fast as the vanilla twin; {words}")
+    ideal = f"MoE++ at tau {result.tau:g}, ideally {result.ideal:.2f} times as fast as the vanilla twin"
+    console.print(f"{ideal}; {in_words(result.machine)}")
     table = Table("", *(head for name in ("forward", "forward + backward") for head in (name, OWN, VANILLA)))
     for row in result.rows:
         speedups = [(row.time, row.own, row.vanilla), (row.time_backward, row.own_backward, row.vanilla_backward)]

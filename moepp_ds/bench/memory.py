@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from moepp_ds.bench.cases import DIRECTIONS, machine
+from moepp_ds.bench.cases import DIRECTIONS, in_words, machine
 from moepp_ds.bench.layer import OWN, layer_cases
 from moepp_ds.bench.presets import LayerSizes
 
@@ -66,8 +66,8 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
 
 def print_memory(result: MemoryResult, console: Console) -> None:
     """A line for each layer."""
-    words = ", ".join(f"{key} {value}" for key, value in result.machine.items())
-    console.print(f"memory at its highest beyond weights and inputs, MoE++ at tau {result.tau:g}; {words}")
+    what = f"memory at its highest beyond weights and inputs, MoE++ at tau {result.tau:g}"
+    console.print(f"{what}; {in_words(result.machine)}")
     table = Table("", *(head for name in ("forward", "forward + backward") for head in (name, f"of {OWN}")))
     for name in result.peak_bytes[DIRECTIONS[0]]:
         cells = []

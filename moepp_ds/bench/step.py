@@ -22,7 +22,7 @@ from rich.table import Table
 
 from data_pipeline.loader import Batch
 from moepp_ds.agreement import gather
-from moepp_ds.bench.cases import machine
+from moepp_ds.bench.cases import in_words, machine
 from moepp_ds.bench.on_ranks import take_turns_on_ranks
 from moepp_ds.bench.routes import balanced_choices
 from moepp_ds.bench.traffic import counting_assignments, counting_bytes
@@ -163,8 +163,7 @@ def _traffic(engine: Any, recipe: Recipe, action: partial[None]) -> tuple[int, i
 
 def print_step(result: StepResult, console: Console) -> None:
     """The two updates, and how much of what FLOPs allow was reached."""
-    words = ", ".join(f"{key} {value}" for key, value in result.machine.items())
-    console.print(f"{result.world} ranks, {result.tokens:,} tokens an update; {words}")
+    console.print(f"{result.world} ranks, {result.tokens:,} tokens an update; {in_words(result.machine)}")
     table = Table("", "update", "fastest", "slowest", "tokens/s", "TFLOP/s")
     for name, times in result.seconds.items():
         middle = median(times)

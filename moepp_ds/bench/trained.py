@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_pipeline.document import DataError
 from data_pipeline.feed import open_held_out
-from moepp_ds.bench.cases import Case, machine, measure, random_layer, vanilla, watching_layers
+from moepp_ds.bench.cases import Case, in_words, machine, measure, random_layer, vanilla, watching_layers
 from moepp_ds.bench.experts import experts_case
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.bench.routes import Routes, forced_routes
@@ -122,8 +122,7 @@ def _cases(layer: MoELayer, x_TD: Tensor, routes: Routes) -> tuple[dict[str, Cas
 
 def print_trained(result: TrainedResult, console: Console) -> None:
     """A line for each MoE layer."""
-    words = ", ".join(f"{key} {value}" for key, value in result.machine.items())
-    console.print(f"{result.tokens:,} held-out tokens, times as fast as the vanilla twin; {words}")
+    console.print(f"{result.tokens:,} held-out tokens, times as fast as the vanilla twin; {in_words(result.machine)}")
     table = Table("MoE layer", "FFN share", "fullest", "ideal", "forward", "of ideal", "forward + backward", "of ideal")
     for row in result.rows:
         shares = [(value, value / row.ideal) for value in (row.measured, row.measured_backward)]
