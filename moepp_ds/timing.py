@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from statistics import median
 
 import torch
 
 WARM_UP = 2
 """Rounds that do not count: memory is taken and kernels are chosen in them."""
-
-
-KEPT = 2**31 - 1
-"""Bytes: glibc gives back nothing that is smaller."""
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-
-
-def keep_memory() -> None:
-    """Have this process keep freed memory for the next tensor, as `launch/setup_env.sh` has it for training.
-
-    Giving it back and taking it again is page faults. Where the C library is not glibc nothing happens.
-    """
-    with suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, KEPT)
-        mallopt(_M_MMAP_THRESHOLD, KEPT)
 
 
 def seconds_of(action: Callable[[], object]) -> float:

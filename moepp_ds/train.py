@@ -36,6 +36,7 @@ from moepp_ds.consistency import check_consistency
 from moepp_ds.controller import RoutingState, next_state, restored_state
 from moepp_ds.engine import LostRankError, Ranks, build_engine, join_ranks, naming_lost_ranks
 from moepp_ds.evaluate import Score, evaluate
+from moepp_ds.freed_memory import keep_freed_memory
 from moepp_ds.guard import going_on, restored_guard
 from moepp_ds.monitor import take_folder
 from moepp_ds.output import flush_output, print_line
@@ -276,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     1: something else; another start may help.
     """
     stop = StopSignal()
+    keep_freed_memory()
     # DeepSpeed's call, on every rank at every start; nothing a user could do about it
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
     options = train_parser().parse_args(arguments)

@@ -61,7 +61,7 @@ class _ScaleAndConstants(torch.autograd.Function):
             x_BD = x_TD[at].to(dtype)
             keep_BJ = torch.sigmoid(x_BD @ difference_JD.t(), out=keep_TJ[at])
             scale_B1, mix_BJ = _weights(scale_T[at], gate_TJ[at], keep_BJ)
-            out_TD[at] = torch.addmm(x_BD * scale_B1, mix_BJ, wide_JD)
+            _write_sum(x_BD, scale_B1, mix_BJ, wide_JD, out=out_TD[at])
         ctx.save_for_backward(x_TD, scale_T, gate_TJ, keep_TJ, selector_J2D, value_JD)
         return out_TD
 
@@ -83,7 +83,7 @@ class _ScaleAndConstants(torch.autograd.Function):
             of_score_BJ = lead_BJ * gate_BJ * keep_BJ * (1 - keep_BJ)
             of_scale_T[at] = of_scale_B
             of_gate_TJ[at] = of_mix_BJ + lead_BJ * keep_BJ
-            of_x_TD[at] = torch.addmm(grad_BD * scale_B1, of_score_BJ, difference_JD)
+            _write_sum(grad_BD, scale_B1, of_score_BJ, difference_JD, out=of_x_TD[at])
             of_difference_JD.addmm_(of_score_BJ.t(), x_BD)
             of_value_JD.addmm_(mix_BJ.t(), grad_BD)
         of_selector_J2D = torch.stack([of_difference_JD, -of_difference_JD], dim=1).to(selector_J2D.dtype)
@@ -99,3 +99,12 @@ def _weights(scale_B: Tensor, gate_BJ: Tensor, keep_BJ: Tensor) -> tuple[Tensor,
     """s, as a column, and m."""
     kept_BJ = gate_BJ * keep_BJ
     return (scale_B + kept_BJ.sum(dim=-1)).unsqueeze(-1), gate_BJ - kept_BJ
+
+
+def _write_sum(y_BD: Tensor, scale_B1: Tensor, weight_BJ: Tensor, row_JD: Tensor, *, out: Tensor) -> None:
+    """out_BD = scale y + weight row, rounded once, with no more than one block as wide as the model in between."""
+    sum_BD = out if out.dtype == y_BD.dtype else torch.empty_like(y_BD)
+    torch.mul(y_BD, scale_B1, out=sum_BD)
+    sum_BD.addmm_(weight_BJ, row_JD)
+    if sum_BD is not out:
+        out.copy_(sum_BD)

@@ -267,10 +267,10 @@ def _machine(dtype: str, threads: int | None, device: str | None) -> dict[str, A
     """The dtype and the device of a measurement, on so many threads, with memory that is kept."""
     import torch
 
+    from moepp_ds.freed_memory import keep_freed_memory
     from moepp_ds.load import default_device
-    from moepp_ds.timing import keep_memory
 
-    keep_memory()
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     return {

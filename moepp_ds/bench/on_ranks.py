@@ -12,8 +12,9 @@ import torch.distributed as dist
 from moepp_ds.agreement import AgreedError, gather
 from moepp_ds.config import RecipeError
 from moepp_ds.engine import Ranks, join_ranks
+from moepp_ds.freed_memory import keep_freed_memory
 from moepp_ds.supervisor.hosts import free_port
-from moepp_ds.timing import keep_memory, seconds_of, take_turns
+from moepp_ds.timing import seconds_of, take_turns
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def on_ranks(count: int) -> Iterator[Ranks]:
     """
     if "RANK" not in os.environ and count > 1:
         _start_ranks(count)
-    keep_memory()
+    keep_freed_memory()
     ranks = join_ranks()
     try:
         yield ranks
