@@ -3,8 +3,8 @@
 # 1. Use the active virtual environment; else .venv at the top of the project, which is made when it is missing.
 # 2. Install torch, then the project itself (editable), `test` with the tools of the tests. What pip was asked for
 #    is remembered inside the environment, so nothing happens the next time.
-# 3. Set what every program here wants: one OpenMP thread a process (ranks share the cores), and compiled DeepSpeed
-#    operators inside the project.
+# 3. Set what every program here wants: one OpenMP thread a process (ranks share the cores), and what PyTorch and
+#    DeepSpeed compile inside the project.
 #
 # `none` makes and installs nothing: it uses .venv if there is one, else the Python that is on the path.
 
@@ -14,6 +14,7 @@ moepp_setup() {
     want=${1:-run}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$root/.cache/torch_extensions}
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$root/.cache/torch_inductor}
     if [ -z "${VIRTUAL_ENV:-}" ]; then
         if [ "$want" != none ] && [ ! -x "$root/.venv/bin/python" ]; then
             "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {

@@ -25,6 +25,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from moepp_ds.agreement import all_or_none
+from moepp_ds.compilation import check_compiler, compile_attention
 from moepp_ds.config import Recipe, RecipeError
 from moepp_ds.ds_config import deepspeed_config
 from moepp_ds.expert_parallel import ExpertParallelMoE, parameter_groups
@@ -97,6 +98,8 @@ def build_engine(recipe: Recipe, ranks: Ranks, *, eos_id: int) -> tuple[Any, dic
         if recipe.train.precision == "fp16" and ranks.device.type == "cpu":
             raise RecipeError("train.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
         choose_algorithms(recipe, ranks.device)
+        if recipe.train.compile:
+            check_compiler(ranks.device)
         check_fits(recipe, config, ranks.world, room)
     model = MoEPlusPlusModel(
         recipe.model,
@@ -105,6 +108,8 @@ def build_engine(recipe: Recipe, ranks: Ranks, *, eos_id: int) -> tuple[Any, dic
         recompute=recipe.train.activation_checkpointing,
     )
     initialize(model, seed=recipe.train.seed, std=recipe.model.init_std)
+    if recipe.train.compile:
+        compile_attention(model)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, weight_decay=recipe.train.weight_decay),
         lr=recipe.learning_rate(0),

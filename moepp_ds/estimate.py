@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 
-from moepp_ds.config import Recipe, RecipeError, count_parameters, flops_per_token, recomputed_flops_per_token
+from moepp_ds.config import (
+    Recipe,
+    RecipeError,
+    count_parameters,
+    flops_per_token,
+    journeys_of_an_assignment,
+)
 from moepp_ds.ds_config import deepspeed_config
 from moepp_ds.load import default_device
 from moepp_ds.memory.check import table
@@ -97,9 +103,7 @@ def estimate(recipe: Recipe, world: int, *, device: str, utilization: float) -> 
     on = _this_machine(recipe) if device == THIS_MACHINE else _named(device, recipe)
     on_cpu = device == THIS_MACHINE and default_device().type == "cpu"
     memory = plan_memory(recipe, deepspeed_config(recipe, world), world, on_cpu=on_cpu)
-    forward = flops_per_token(recipe.model, recipe.data.seq_len)
-    recomputed = recomputed_flops_per_token(recipe.model, recipe.data.seq_len, recipe.train.activation_checkpointing)
-    flops = (3 * forward + recomputed) * recipe.train.batch_tokens / world
+    flops = recipe.flops_per_update / world
     seconds = flops / (utilization * on.flops)
     parameters = count_parameters(recipe.model)
     return Estimate(
@@ -107,7 +111,7 @@ def estimate(recipe: Recipe, world: int, *, device: str, utilization: float) -> 
         expert_parallel=recipe.parallel.expert_parallel,
         parameters_total=parameters.total,
         parameters_activated=parameters.activated,
-        flops_per_token=forward,
+        flops_per_token=flops_per_token(recipe.model, recipe.data.seq_len),
         flops_per_update=flops,
         all_to_all_bytes=all_to_all_bytes(recipe, world),
         memory=memory,
@@ -126,7 +130,7 @@ def all_to_all_bytes(recipe: Recipe, world: int) -> int:
     """What a rank sends to others in an update, in bytes, when all experts have what the balance aims at."""
     model, ways = recipe.model, recipe.parallel.expert_parallel
     assignments = recipe.train.batch_tokens / world * model.moe.mean_ffn_experts * model.num_moe_layers
-    journeys = 6 if recipe.train.activation_checkpointing == "full" else 4
+    journeys = journeys_of_an_assignment(recipe.train.activation_checkpointing)
     row = model.hidden_size * BYTES_PER_NUMBER[recipe.train.precision]
     return round(assignments * (ways - 1) / ways * journeys * row)
 

@@ -41,7 +41,8 @@ def test_an_update_sends_what_its_routing_says(tmp_path: Path) -> None:
     """T 80 a rank, K 2, tau 0.75: 6 / 10 of the assignments are for the 8 FFN experts, 12 each, half of them leave."""
     fp32 = ("deepspeed=ds_configs/zero2_fp32.json", "train.precision=fp32", "parallel.expert_parallel=2")
     sizes = ("model.num_layers=2", "data.seq_len=20", "train.micro_batch_size=4", "train.batch_tokens=80")
-    arguments = [QUICKSTART, *sets(*fp32, *sizes), "--repeats", "2", "--micro-batches", "3"]
+    full = "train.activation_checkpointing=full"
+    arguments = [QUICKSTART, *sets(*fp32, *sizes), "--beside", full, "--repeats", "2", "--micro-batches", "3"]
     found, said = _bench(tmp_path, "step", *arguments, "--plot", str(tmp_path / "found.svg"))
     assert {"recipe", "vanilla twin", "seconds"} <= drawn(tmp_path / "found.svg")
     width = 128
@@ -51,10 +52,14 @@ def test_an_update_sends_what_its_routing_says(tmp_path: Path) -> None:
     own, twin = found["traffic"]["recipe"], found["traffic"]["vanilla twin"]
     assert own == {"sent": expected, "expected": expected, "journeys": journeys, "share": 0.6}
     assert twin["sent"] == twin["expected"] == expected * 10 // 6
+    again = found["traffic"][full]
+    assert again["sent"] == again["expected"] == expected * 6 // 4 and again["journeys"] == 6
     assert found["world"] == 2 and found["tokens"] == 2 * 3 * 80
     assert 1 < found["ideal"] < 1 / 0.6 and found["measured"] > 0
-    assert {name: len(times) for name, times in found["seconds"].items()} == {"recipe": 2, "vanilla twin": 2}
+    assert {name: len(times) for name, times in found["seconds"].items()} == {"recipe": 2, "vanilla twin": 2, full: 2}
+    assert found["flops"]["recipe"] < found["flops"][full] < 4 / 3 * found["flops"]["recipe"]
     assert f"{expected:,} all-to-all bytes to other ranks, {expected:,} expected, 0.6000 of the twin's" in said
+    assert f"with {full} 0." in said or f"with {full} 1." in said
 
 
 @pytest.mark.dist

@@ -148,6 +148,9 @@ def step(
     path: RecipeFile,
     ranks: Ranks = None,
     overrides: Overrides = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="and the recipe with this: train.compile=true")
+    ] = None,
     micro_batches: MicroBatches = 1,
     repeats: Repeats = 7,
     json: Json = None,
@@ -159,10 +162,10 @@ def step(
 
     loaded = load_recipe(path, overrides or [])
     with on_ranks(ranks or loaded.parallel.expert_parallel) as joined:
-        from moepp_ds.bench.step import bench_step, load_both, print_step
+        from moepp_ds.bench.step import bench_step, load_cases, print_step
 
-        recipes = load_both(path, overrides or [], world=joined.world, micro_batches=micro_batches)
-        given = {"recipe": str(path), "set": overrides or [], "repeats": repeats}
+        recipes = load_cases(path, overrides or [], beside or [], world=joined.world, micro_batches=micro_batches)
+        given = {"recipe": str(path), "set": overrides or [], "beside": beside or [], "repeats": repeats}
         run = partial(bench_step, recipes, joined, repeats=repeats)
         _report(given, run, print_step, json, plot, first=joined.is_first)
 

@@ -8,7 +8,7 @@ the FLOPs of the twin's update over those of the recipe's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,12 @@ from moepp_ds.bench.cases import in_words, machine
 from moepp_ds.bench.on_ranks import take_turns_on_ranks
 from moepp_ds.bench.routes import balanced_choices
 from moepp_ds.bench.traffic import counting_assignments, counting_bytes
-from moepp_ds.config import Recipe, RecipeError, flops_per_token, load_recipe
+from moepp_ds.config import (
+    Recipe,
+    RecipeError,
+    journeys_of_an_assignment,
+    load_recipe,
+)
 from moepp_ds.engine import Ranks, build_engine
 from moepp_ds.memory.plan import BYTES_PER_NUMBER
 from moepp_ds.moe_layer import MoELayer
@@ -74,31 +79,35 @@ def load_shortened(path: Path, overrides: Sequence[str], *, world: int, micro_ba
     return load_recipe(path, [*overrides, f"train.batch_tokens={rows * given.data.seq_len}"])
 
 
-def load_both(path: Path, overrides: Sequence[str], *, world: int, micro_batches: int) -> dict[str, Recipe]:
-    """The recipe, shortened, and its vanilla twin. Raises RecipeError."""
+def load_cases(
+    path: Path, overrides: Sequence[str], beside: Sequence[str], *, world: int, micro_batches: int
+) -> dict[str, Recipe]:
+    """The recipe, shortened, its vanilla twin, and the recipe with each setting of `beside`. Raises RecipeError."""
     given = load_shortened(path, overrides, world=world, micro_batches=micro_batches)
     moe = given.model.moe
-    if moe.num_zero_computation == 0 or moe.top_k is None or given.train.activation_checkpointing == "full":
+    if moe.num_zero_computation == 0 or moe.top_k is None:
         raise RecipeError(
-            f"{path} has {moe.num_zero_computation} zero-computation experts, top_k {moe.top_k} and "
-            f"train.activation_checkpointing {given.train.activation_checkpointing}: what is measured is a MoE++ "
-            "recipe with top_k, without full recomputation, beside its vanilla twin; give another one, or --set them"
+            f"{path} has {moe.num_zero_computation} zero-computation experts and top_k {moe.top_k}: what is measured "
+            "is a MoE++ recipe with top_k beside its vanilla twin; give another one, or --set them"
         )
-    twin = [*overrides, *(f"model.moe.{setting}" for setting in TWIN)]
-    return {OWN: given, VANILLA: load_shortened(path, twin, world=world, micro_batches=micro_batches)}
+    others = {VANILLA: [f"model.moe.{setting}" for setting in TWIN], **{setting: [setting] for setting in beside}}
+    return {
+        OWN: given,
+        **{
+            name: load_shortened(path, [*overrides, *settings], world=world, micro_batches=micro_batches)
+            for name, settings in others.items()
+        },
+    }
 
 
-def bench_step(recipes: dict[str, Recipe], ranks: Ranks, *, repeats: int) -> StepResult:
+def bench_step(recipes: Mapping[str, Recipe], ranks: Ranks, *, repeats: int) -> StepResult:
     """Measure updates of these recipes in turns; the same result on every rank. Collective."""
     torch.manual_seed(ranks.rank)
     engines = {name: _engine(recipe, ranks) for name, recipe in recipes.items()}
     actions = {name: partial(one_update, engines[name], recipe, ranks) for name, recipe in recipes.items()}
     bytes_sent = {name: _traffic(engines[name], recipes[name], action) for name, action in actions.items()}
     seconds = take_turns_on_ranks(actions, repeats=repeats)
-    flops = {
-        name: 3 * flops_per_token(recipe.model, recipe.data.seq_len) * recipe.train.batch_tokens
-        for name, recipe in recipes.items()
-    }
+    flops = {name: recipe.flops_per_update for name, recipe in recipes.items()}
     return StepResult(
         machine=machine(ranks.device),
         world=ranks.world,
@@ -156,7 +165,7 @@ def _traffic(engine: Any, recipe: Recipe, action: partial[None]) -> tuple[int, i
     """Bytes that one update sends, those that it should, and the journeys of an assignment. Collective."""
     with counting_bytes() as sent, counting_assignments(engine.module) as leaving:
         action()
-    journeys = 4 if sent else 0
+    journeys = journeys_of_an_assignment(recipe.train.activation_checkpointing) if sent else 0
     row = recipe.model.hidden_size * BYTES_PER_NUMBER[recipe.train.precision]
     return sum(gather(sum(sent))), sum(gather(sum(leaving))) * row * journeys, journeys
 
@@ -175,3 +184,5 @@ def print_step(result: StepResult, console: Console) -> None:
         console.print(f"{name}: {traffic.sent:,} all-to-all bytes to other ranks, {shares}")
     reached = f"{result.measured / result.ideal:.3f} of what FLOPs allow, {result.ideal:.3f}"
     console.print(f"{result.measured:.3f} times as fast as its twin: {reached}")
+    for name in [name for name in result.seconds if name not in (OWN, VANILLA)]:
+        console.print(f"with {name} {ratio(result.seconds, OWN, name):.3f} times as fast")

@@ -20,6 +20,7 @@ from moepp_ds.config.derived import (
     count_parameters,
     expert_capacity,
     flops_per_token,
+    journeys_of_an_assignment,
     plan_layout,
     recomputed_flops_per_token,
     scheduled_learning_rate,
@@ -61,8 +62,9 @@ __all__ = [
     "count_parameters",
     "expert_capacity",
     "flops_per_token",
-    "recomputed_flops_per_token",
+    "journeys_of_an_assignment",
     "load_recipe",
     "plan_layout",
+    "recomputed_flops_per_token",
     "scheduled_learning_rate",
 ]

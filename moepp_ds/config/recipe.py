@@ -15,6 +15,7 @@ from moepp_ds.config.derived import (
     expert_capacity,
     flops_per_token,
     plan_layout,
+    recomputed_flops_per_token,
     scheduled_learning_rate,
 )
 from moepp_ds.config.model import ModelConfig
@@ -102,6 +103,13 @@ class Recipe(Section):
     def batch_rows(self) -> int:
         """Rows of one optimizer update over all ranks. Rows."""
         return self.train.batch_tokens // self.data.seq_len
+
+    @property
+    def flops_per_update(self) -> float:
+        """Of all ranks: forward, twice as much backward, and what activation checkpointing does again."""
+        model, seq_len, again = self.model, self.data.seq_len, self.train.activation_checkpointing
+        once = flops_per_token(model, seq_len)
+        return (3 * once + recomputed_flops_per_token(model, seq_len, again)) * self.train.batch_tokens
 
     def layout(self, world: int) -> Layout:
         """Cut one update for `world` ranks; RecipeError names the values that fit when it cannot be cut."""

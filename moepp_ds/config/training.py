@@ -69,6 +69,10 @@ class TrainConfig(Section):
     small share of the work, and no assignment is sent again. `full`: blocks but for routing, a third more work, and
     with expert parallelism half as much again is sent."""
 
+    compile: bool = False
+    """Whether torch.compile fuses norms and attention: some per cent of a step, for half a minute at the start and
+    other rounding. Needs a compiler."""
+
     deterministic: bool = False
     """Whether runs on the same layout must be equal bit for bit, on a GPU too, at some cost in speed."""
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch._dynamo.utils import counters
 
 from data_pipeline.loader import Batch
 from moepp_ds.engine import join_ranks
@@ -62,6 +64,20 @@ def activation_checkpointing_changes_no_bit() -> None:
         tiny.same(arrays, arrays_again)
 
 
+def compiling_changes_rounding_alone() -> None:
+    """Dropless: rounding can decide who gets a last seat. What of the model is compiled is so without interruption."""
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)  # set for other tests
+    dropless = ("model.moe.dropless=true", "train.gradient_clipping=0")
+    eager = tiny.recipe(*dropless, expert_parallel=RANKS.world)
+    expected = tiny.train(tiny.engine_for(eager, RANKS), eager, RANKS, range(3))
+    for how in ("none", "selective"):
+        settings = (*dropless, "train.compile=true", f"train.activation_checkpointing={how}")
+        compiled = tiny.recipe(*settings, expert_parallel=RANKS.world)
+        losses = tiny.train(tiny.engine_for(compiled, RANKS), compiled, RANKS, range(3))
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-5, atol=0)
+    assert counters["stats"]["unique_graphs"] >= 3 and not counters["graph_break"]
+
+
 def joined(first: Batch, second: Batch) -> Batch:
     """Two micro batches as one."""
     tokens = np.concatenate([first.tokens_BS1, second.tokens_BS1])
@@ -103,6 +119,7 @@ if __name__ == "__main__":
             runs_are_the_same_bits,
             a_recipe_without_it_allows_everything_again,
             activation_checkpointing_changes_no_bit,
+            compiling_changes_rounding_alone,
             other_micro_batches_change_rounding_alone_where_none_are_counted,
             bf16_is_near_fp32,
         ]
