@@ -129,7 +129,7 @@ def estimate(recipe: Recipe, world: int, *, device: str, utilization: float) -> 
 def all_to_all_bytes(recipe: Recipe, world: int) -> int:
     """What a rank sends to others in an update, in bytes, when all experts have what the balance aims at."""
     model, ways = recipe.model, recipe.parallel.expert_parallel
-    assignments = recipe.train.batch_tokens / world * model.moe.mean_ffn_experts * model.num_moe_layers
+    assignments = recipe.train.batch_tokens / world * model.moe.computed_ffn_experts * model.num_moe_layers
     journeys = journeys_of_an_assignment(recipe.train.activation_checkpointing)
     row = model.hidden_size * BYTES_PER_NUMBER[recipe.train.precision]
     return round(assignments * (ways - 1) / ways * journeys * row)

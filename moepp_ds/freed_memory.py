@@ -9,19 +9,16 @@ from __future__ import annotations
 import ctypes
 from contextlib import suppress
 
-KEPT = 2**31 - 1
-"""Bytes: nothing smaller goes back to the kernel when it is freed."""
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 def keep_freed_memory() -> None:
     """For the rest of this process. Where the C library is not glibc nothing happens.
 
-    For programs' entries: training, and measurements of it. MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ in the
-    environment would do the same, for those alone who know of them.
+    For programs' entries: training, and measurements of it. Not by M_MMAP_THRESHOLD, which glibc before 2.35 refuses
+    to raise beyond 32 MiB: with no threshold of its own but with trimming set, it would map and unmap every tensor.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, KEPT)
-        mallopt(_M_MMAP_THRESHOLD, KEPT)
+        if mallopt(_M_MMAP_MAX, 0):  # nothing is mapped for itself
+            mallopt(_M_TRIM_THRESHOLD, -1)  # and the heap never shrinks

@@ -27,19 +27,21 @@ def take_turns(
     repeats: int,
     clock: Callable[[Callable[[], object]], float] = seconds_of,
 ) -> dict[str, list[float]]:
-    """Seconds of each action in `repeats` rounds, in each of which every action has its turn."""
+    """Seconds of each action in `repeats` rounds, in each of which every action has its turn, another one the first."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
+    names = list(actions)
     for number in range(WARM_UP + repeats):
-        for name, action in actions.items():
-            taken = clock(action)
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            taken = clock(actions[name])
             if number >= WARM_UP:
                 seconds[name].append(taken)
     return seconds
 
 
 def ratio(seconds: Mapping[str, list[float]], rival: str, own: str) -> float:
-    """How many times as fast `own` is as `rival`, in the medians."""
-    return median(seconds[rival]) / median(seconds[own])
+    """How many times as fast `own` is as `rival`: the median over rounds, so that what slows a round cancels out."""
+    return median(theirs / ours for theirs, ours in zip(seconds[rival], seconds[own], strict=True))
 
 
 def _wait() -> None:

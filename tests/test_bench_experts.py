@@ -9,15 +9,20 @@ import pytest
 import torch
 from conftest import ROOT
 from loaded_models import start_run
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from run_folders import drawn
 from typer.testing import CliRunner
 
 from moepp_ds.__main__ import app
-from moepp_ds.bench.experts import bench_experts
+from moepp_ds.bench.cases import random_layer
+from moepp_ds.bench.experts import ExpertsResult, Row, bench_experts, experts_case
+from moepp_ds.bench.plot import draw
 from moepp_ds.bench.presets import PRESETS, LayerSizes
 from moepp_ds.bench.routes import balanced_counts, forced_routes, ideal_speedup
 from moepp_ds.config import RecipeError, load_recipe
 from moepp_ds.kinds import ExpertKinds
+from moepp_ds.moe_layer import LayerSettings
+from moepp_ds.router import RouterSettings
 from moepp_ds.timing import WARM_UP, ratio, take_turns
 
 KINDS = ExpertKinds(num_ffn=8, num_constant=2, num_copy=1, num_zero=1)
@@ -69,9 +74,10 @@ def test_a_balance_that_cannot_be_is_refused() -> None:
 def test_actions_take_turns() -> None:
     turns: list[str] = []
     seconds = take_turns({name: lambda name=name: turns.append(name) for name in "ab"}, repeats=3)  # type: ignore[misc]
-    assert turns == ["a", "b"] * (WARM_UP + 3)
+    assert "".join(turns) == ("abba" * (WARM_UP + 3))[: 2 * (WARM_UP + 3)]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
-    assert ratio({"a": [9.0, 6.0, 1.0], "b": [2.0, 3.0, 70.0]}, "a", "b") == 2.0
+    # rounds say 1, 2 and 10; the medians alone would say 10 / 2
+    assert ratio({"a": [1.0, 10.0, 20.0], "b": [1.0, 5.0, 2.0]}, "a", "b") == 2.0
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -84,6 +90,27 @@ def test_every_tau_is_measured(device: str, dtype: torch.dtype) -> None:
     for times in result.seconds.values():
         assert set(times) == {"vanilla", "1", "0.5"}
         assert all(len(found) == 2 for found in times.values())
+
+
+def test_everything_behind_the_router_has_a_gradient() -> None:
+    shared = {"shared_ffn_hidden_size": 8, "shared_expert_gate": True}
+    settings = LayerSettings(RouterSettings(top_k=2), tau=1.0, seats=None, **shared)  # type: ignore[arg-type]
+    cpu = torch.device("cpu")
+    layer = random_layer(LayerSizes(16, 32, KINDS), KINDS, settings, dtype=torch.float32, device=cpu)
+    routes = forced_routes(KINDS, tau=1.0, tokens=8, top_k=2, device=cpu)
+    case = experts_case(layer, routes, torch.ones(8, 16))
+    case.forward_backward()
+    assert len(case.wanted) == 2 + len(list(layer.parameters())) - len(list(layer.router.parameters()))
+    assert any(wanted is layer.shared_gate_D for wanted in case.wanted)
+
+
+def test_a_title_stays_within_its_picture() -> None:
+    told = {"device": "a processor of which its maker has much to say", "threads": 2, "torch": "2.13.0+cpu"}
+    figure = draw(ExpertsResult(told, [Row(1.0, 1.5, 1.4, 1.3), Row(0.1, 6.0, 5.0, 4.0)], {}))
+    FigureCanvasAgg(figure).draw()
+    (title,) = figure.texts
+    extent, whole = title.get_window_extent(), figure.bbox
+    assert whole.x0 <= extent.x0 and extent.x1 <= whole.x1 and extent.y1 <= whole.y1
 
 
 def test_command(tmp_path: Path) -> None:
@@ -99,7 +126,7 @@ def test_command(tmp_path: Path) -> None:
     for place, words in [("found.txt", "ends in .png, .svg or .pdf"), ("no/found.png", "in a folder that exists")]:
         done = CliRunner().invoke(app, ["bench", "experts", *options, "--plot", str(tmp_path / place)])
         assert isinstance(done.exception, RecipeError) and words in str(done.exception)
-    for taus in ("0", "2", "x"):
+    for taus in ("0", "2", "x", "0.5,0.50"):
         assert CliRunner().invoke(app, ["bench", "experts", *options, "--taus", taus]).exit_code == 2
 
 

@@ -16,6 +16,7 @@ from run_folders import drawn, sets
 from typer.testing import CliRunner
 
 from moepp_ds.__main__ import app
+from moepp_ds.bench.step import OWN, VANILLA, load_cases
 
 QUICKSTART = "launch/recipes/quickstart.yaml"
 
@@ -62,6 +63,18 @@ def test_an_update_sends_what_its_routing_says(tmp_path: Path) -> None:
     assert f"with {full} 0." in said or f"with {full} 1." in said
 
 
+@pytest.mark.parametrize("name", ["adamoe_8+8", "longcat_budget", "moepp_0.6b", "moepp_7b", "released_7b"])
+def test_recipes_have_a_vanilla_twin(name: str) -> None:
+    """Whatever balances them: FLOPs in which twin and recipe differ are those of their FFN experts."""
+    cases = load_cases(ROOT / f"launch/recipes/{name}.yaml", [], ["train.compile=true"], world=8, micro_batches=2)
+    own, twin = cases[OWN], cases[VANILLA]
+    assert list(cases) == [OWN, VANILLA, "train.compile=true"] and cases["train.compile=true"].train.compile
+    assert twin.model.moe.mean_ffn_experts == own.model.moe.top_k and twin.model.moe.num_zero_computation == 0
+    layers, expert = own.model.num_moe_layers, 6 * own.model.hidden_size * own.model.expert_ffn_hidden_size
+    fewer = 3 * layers * expert * (own.model.moe.top_k - own.model.moe.mean_ffn_experts) * own.train.batch_tokens
+    assert twin.flops_per_update - own.flops_per_update == pytest.approx(fewer, rel=0.01)
+
+
 @pytest.mark.dist
 def test_every_journey_is_as_long_as_the_routing_says(tmp_path: Path) -> None:
     options = ["--tokens", "80", "--tau", "0.75", "--dtype", "bf16", "--repeats", "1"]
@@ -70,7 +83,8 @@ def test_every_journey_is_as_long_as_the_routing_says(tmp_path: Path) -> None:
     expected = 2 * (2 * 80 * 6 // 10 // 2) * 768 * 2
     assert found["expected"] == expected and found["ffn_share"] == 0.6
     assert list(found["sent"].values()) == [expected] * 4
-    assert sorted(found["seconds"]) == ["at home", "layer", "plain", "rows", "waiting"]
+    assert sorted(found["seconds"]["forward"]) == ["at home", "layer", "plain", "rows", "waiting"]
+    assert sorted(found["seconds"]["forward_backward"]) == ["at home", "layer", "waiting"]
     assert f"results back: {expected:,} bytes to other ranks, of {expected:,} expected" in said
 
 
@@ -107,6 +121,8 @@ def test_a_trace_names_what_runs(tmp_path: Path) -> None:
     [
         (["save", QUICKSTART, "--folder", ".", "--repeats", "0"], "should be greater than or equal to 1"),
         (["all2all", "--ranks", "1"], "1 ranks cannot share 8 FFN experts between them; use 2, 4, 8"),
+        (["all2all", "--tau", "2"], "tau 2.0 is not in (0, 1]"),
+        (["all2all", "--json", "no/folder.json"], "--json no/folder.json cannot be written"),
         (["step", "launch/recipes/xmoe_64x384.yaml"], "top_k None"),
     ],
 )

@@ -105,6 +105,21 @@ def test_choices_per_token(changes: dict[str, Any], choices: float) -> None:
 
 
 @pytest.mark.parametrize(
+    "changes, computed",
+    [
+        ({}, 1.2),  # top 2, 6 / (6 + 4) of them for FFN experts, and seats for a tenth more
+        ({"capacity_factor": 0.5}, 0.6),
+        ({"capacity_counts": "tokens"}, 0.66),  # seats as if each token had one assignment
+        ({"dropless": True}, 1.2),
+        (THRESHOLD, 2.4),
+        ({"controller": {"target_ffn_experts": 1.5}}, 1.32),
+    ],
+)
+def test_no_more_ffn_experts_compute_than_there_are_seats_for(changes: dict[str, Any], computed: float) -> None:
+    assert moe(**changes).computed_ffn_experts == pytest.approx(computed)
+
+
+@pytest.mark.parametrize(
     "changes, rates",
     [
         ({}, (0.5, 0.05)),

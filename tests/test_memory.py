@@ -183,8 +183,18 @@ def test_activation_checkpointing_keeps_less() -> None:
     assert 0 < full < none / 3 and full < selective < 0.8 * none
 
 
+SETTINGS = (
+    "model.moe.every=1",
+    "model.moe.every=2",
+    "model.moe.num_shared_experts=1",
+    "model.moe.router.jitter=0.01",
+    "model.num_kv_heads=1",
+    "model.qk_norm=full",
+)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 without units"])
-@pytest.mark.parametrize("setting", ["model.moe.every=1", "model.moe.every=2", "model.qk_norm=full"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_activations_are_about_what_the_graph_keeps(
     setting: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,14 +4,16 @@ Every rank has its own tokens and an equal part of the FFN experts; routing is f
 
 * `plain`      as many bytes there and back as equal parts, nothing sorted: what the network needs
 * `rows`       the layer's own exchange with nothing to hide behind: counts, rows, sorting by expert, and back
-* `layer`      a forward pass of the layer's experts, zero-computation experts while rows are on their way
+* `layer`      the layer's experts, zero-computation experts while rows are on their way
 * `waiting`    the same, but rows are waited for at once
 * `at home`    the same work on as many rows, none of which travels
+
+The last three also with the backward pass, whose two journeys are waited for: nothing is computed in the meantime.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -24,11 +26,12 @@ from rich.table import Table
 from torch import Tensor
 
 from moepp_ds.agreement import gather
-from moepp_ds.bench.cases import Graph, in_words, machine
+from moepp_ds.bench.cases import Graph, behind_router, in_words, machine
 from moepp_ds.bench.on_ranks import take_turns_on_ranks
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.bench.routes import Routes, balanced_counts, forced_routes
 from moepp_ds.bench.traffic import counting_bytes
+from moepp_ds.config import RecipeError
 from moepp_ds.engine import Ranks
 from moepp_ds.expert_parallel import AllToAll
 from moepp_ds.moe_layer import LayerSettings, LocalExchange, MoELayer, Parcel
@@ -43,7 +46,7 @@ class AllToAllResult:
     """What was measured, and where.
 
     expected: bytes of all FFN assignments whose expert is on another rank, over all ranks. sent: in each journey.
-    ffn_share: of the assignments, at this tau. seconds: of the slowest rank, for each round.
+    ffn_share: of the assignments, at this tau. seconds: by direction and case, of the slowest rank in each round.
     """
 
     machine: dict[str, Any]
@@ -52,7 +55,7 @@ class AllToAllResult:
     ffn_share: float
     expected: int
     sent: dict[str, int]
-    seconds: dict[str, list[float]]
+    seconds: dict[str, dict[str, list[float]]]
 
 
 class _WaitingAllToAll(AllToAll):
@@ -91,11 +94,11 @@ class _AtHome(LocalExchange):
 def bench_all2all(
     sizes: LayerSizes, tau: float, ranks: Ranks, *, tokens: int, dtype: torch.dtype, repeats: int
 ) -> AllToAllResult:
-    """Measure with `tokens` on every rank. Raises ValueError for a world or a tau that cannot be. Collective."""
+    """Measure with `tokens` on every rank. Raises RecipeError for a world or a tau that cannot be. Collective."""
     num_ffn, world = sizes.kinds.num_ffn, ranks.world
     if world < 2 or num_ffn % world:
         fits = [str(n) for n in range(2, num_ffn + 1) if num_ffn % n == 0]
-        raise ValueError(f"{world} ranks cannot share {num_ffn} FFN experts between them; use {', '.join(fits)} ranks")
+        raise RecipeError(f"{world} ranks cannot share {num_ffn} FFN experts between them; use {', '.join(fits)} ranks")
     torch.manual_seed(ranks.rank)
     kinds, local = sizes.kinds, num_ffn // world
     settings = LayerSettings(RouterSettings(top_k=sizes.top_k), tau=tau, seats=None)
@@ -117,17 +120,21 @@ def bench_all2all(
     )
     exchange = AllToAll(dist.group.WORLD)
     expected = sum(gather(_leaving(routes, ranks.rank * local, local))) * sizes.hidden_size * dtype.itemsize
-    case = Graph(lambda: [_compute(layer, exchange, x_TD, routes)], [x_TD, *_used(layer)])
+    exchanges = {"layer": exchange, "waiting": _WaitingAllToAll(dist.group.WORLD), "at home": _AtHome(local)}
+    wanted = [x_TD, *behind_router(layer)]
+    cases = {
+        name: Graph(lambda how=how: [_compute(layer, how, x_TD, routes)], wanted)  # type: ignore[misc]
+        for name, how in exchanges.items()
+    }
     with counting_bytes() as sent:
-        case.forward_backward()
+        cases["layer"].forward_backward()
     rows_RD = torch.randn(sum(routes.plan.ffn_counts), sizes.hidden_size, device=ranks.device).to(dtype)
     actions: dict[str, Callable[[], object]] = {
         "plain": partial(_plain, rows_RD[: len(rows_RD) // world * world]),
         "rows": partial(_rows, exchange, rows_RD, routes),
-        "layer": case.forward,
-        "waiting": Graph(lambda: [_compute(layer, _WaitingAllToAll(dist.group.WORLD), x_TD, routes)], []).forward,
-        "at home": Graph(lambda: [_compute(layer, _AtHome(local), x_TD, routes)], []).forward,
+        **{name: case.forward for name, case in cases.items()},
     }
+    whole = {name: case.forward_backward for name, case in cases.items()}
     counts = balanced_counts(kinds, tau, tokens * sizes.top_k)
     return AllToAllResult(
         machine=machine(ranks.device),
@@ -136,7 +143,10 @@ def bench_all2all(
         ffn_share=sum(counts[:num_ffn]) / sum(counts),
         expected=expected,
         sent={name: sum(gather(count)) for name, count in zip(JOURNEYS, sent, strict=True)},
-        seconds=take_turns_on_ranks(actions, repeats=repeats),
+        seconds={
+            "forward": take_turns_on_ranks(actions, repeats=repeats),
+            "forward_backward": take_turns_on_ranks(whole, repeats=repeats),
+        },
     )
 
 
@@ -148,11 +158,6 @@ def _leaving(routes: Routes, first: int, local: int) -> int:
 def _compute(layer: MoELayer, exchange: Any, x_TD: Tensor, routes: Routes) -> Tensor:
     layer.exchange = exchange
     return layer.compute(x_TD, routes.gate_N, routes.token_N, routes.expert_N, routes.plan)
-
-
-def _used(layer: MoELayer) -> list[Tensor]:
-    """Parameters behind the router."""
-    return [parameter for name, parameter in layer.named_parameters() if not name.startswith("router.")]
 
 
 def _plain(rows_RD: Tensor) -> None:
@@ -174,7 +179,12 @@ def print_all2all(result: AllToAllResult, console: Console) -> None:
     console.print(f"{result.world} ranks, tau {result.tau:g}: {share}; {in_words(result.machine)}")
     for name, count in result.sent.items():
         console.print(f"{name}: {count:,} bytes to other ranks, of {result.expected:,} expected")
-    table = Table("", "forward", "of layer")
-    for name, times in result.seconds.items():
-        table.add_row(name, f"{median(times):.4f} s", f"{ratio(result.seconds, name, 'layer'):.2f}")
+    table = Table("", "forward", "of layer", "forward + backward", "of layer")
+    for name in result.seconds["forward"]:
+        table.add_row(name, *(cell for times in result.seconds.values() for cell in _cells(times, name)))
     console.print(table)
+
+
+def _cells(seconds: Mapping[str, list[float]], name: str) -> tuple[str, str]:
+    """How long it took, and of the layer's time."""
+    return (f"{median(seconds[name]):.4f} s", f"{ratio(seconds, name, 'layer'):.2f}") if name in seconds else ("", "")

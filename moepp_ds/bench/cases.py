@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from moepp_ds import __version__
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.experts import FFNExperts
 from moepp_ds.kinds import ExpertKinds
@@ -135,6 +137,11 @@ def random_layer(
     return layer.to(dtype)
 
 
+def behind_router(layer: MoELayer) -> list[nn.Parameter]:
+    """What learns in a layer whose routing is given."""
+    return [parameter for name, parameter in layer.named_parameters() if not name.startswith("router.")]
+
+
 def vanilla(kinds: ExpertKinds) -> ExpertKinds:
     """The FFN experts alone."""
     return replace(kinds, num_constant=0, num_copy=0, num_zero=0)
@@ -147,9 +154,19 @@ def in_words(machine: Mapping[str, Any]) -> str:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where it was measured."""
-    cuda = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "device": cuda or platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "moepp_ds": __version__,
     }
+
+
+def _processor() -> str:
+    """Its model; by that and its libraries products differ."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moepp_ds.config import RecipeError
 from moepp_ds.result_files import Json, Plot, check_place, write_json
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ def experts(
     given = {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats}
     at = {"tokens": tokens, "repeats": repeats, **_machine(dtype, threads, device)}
 
-    def run() -> object:
-        return bench_experts(_sizes(preset), [_tau(word) for word in taus.split(",")], **at)
-
-    _report(given, run, print_experts, json, plot)
+    asked = [_tau(word) for word in taus.split(",")]
+    if len({f"{tau:g}" for tau in asked}) < len(asked):
+        raise typer.BadParameter(f"taus {taus} has one twice; name each once")
+    _report(given, lambda: bench_experts(_sizes(preset), asked, **at), print_experts, json, plot)
 
 
 @app.command()
@@ -138,6 +138,7 @@ def trained(
     from moepp_ds.bench.trained import bench_trained, print_trained
     from moepp_ds.load import load_model
 
+    _check_places(json, plot)
     loaded = load_model(checkpoint, overrides or [], **_machine(dtype, threads, device))
     given = {"checkpoint": str(loaded.folder), "dtype": dtype, "repeats": repeats}
     _report(given, lambda: bench_trained(loaded, rows=rows, repeats=repeats), print_trained, json, plot)
@@ -160,6 +161,7 @@ def step(
     from moepp_ds.bench.on_ranks import on_ranks
     from moepp_ds.config import load_recipe
 
+    _check_places(json, plot)
     loaded = load_recipe(path, overrides or [])
     with on_ranks(ranks or loaded.parallel.expert_parallel) as joined:
         from moepp_ds.bench.step import bench_step, load_cases, print_step
@@ -184,12 +186,14 @@ def all2all(
     """What expert parallelism sends, to the byte, and what it costs a layer, at forced balance."""
     from moepp_ds.bench.on_ranks import on_ranks
 
+    _check_places(json, plot)
+    aimed = _tau(tau)
     with on_ranks(ranks) as joined:
         from moepp_ds.bench.all2all import bench_all2all, print_all2all
 
         given = {"preset": preset, "tokens": tokens, "dtype": dtype, "repeats": repeats}
         run = partial(
-            bench_all2all, _sizes(preset), _tau(tau), joined, tokens=tokens, dtype=_dtype(dtype), repeats=repeats
+            bench_all2all, _sizes(preset), aimed, joined, tokens=tokens, dtype=_dtype(dtype), repeats=repeats
         )
         _report(given, run, print_all2all, json, plot, first=joined.is_first)
 
@@ -235,14 +239,8 @@ def _report(
 
     from rich.console import Console
 
-    check_place(json)
-    check_place(plot, "--plot")
-    try:
-        result = run()
-    except RecipeError:
-        raise
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    _check_places(json, plot)
+    result = run()
     if first:
         write_json(json, {**given, **asdict(result)})
         show(result, Console())
@@ -252,6 +250,12 @@ def _report(
             write_plot(plot, result)
 
 
+def _check_places(json: Path | None, plot: Path | None) -> None:
+    """Refuse files that cannot be written, before anything is measured, or ranks are started, for them."""
+    check_place(json)
+    check_place(plot, "--plot")
+
+
 def _sizes(preset: str) -> LayerSizes:
     from moepp_ds.bench.presets import PRESETS
 
@@ -259,10 +263,13 @@ def _sizes(preset: str) -> LayerSizes:
 
 
 def _tau(word: str | float) -> float:
-    """A number in (0, 1]."""
-    number = float(word)
+    """A number in (0, 1]. Raises BadParameter."""
+    try:
+        number = float(word)
+    except ValueError:
+        number = math.nan
     if not 0 < number <= 1:
-        raise ValueError(f"tau {number:g} is not in (0, 1]")
+        raise typer.BadParameter(f"tau {word} is not in (0, 1]")
     return number
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from moepp_ds.bench.cases import Case, Graph, in_words, machine, measure, random_layer, vanilla
+from moepp_ds.bench.cases import Case, Graph, behind_router, in_words, machine, measure, random_layer, vanilla
 from moepp_ds.bench.presets import LayerSizes
 from moepp_ds.bench.routes import Routes, forced_routes, ideal_speedup
 from moepp_ds.moe_layer import LayerSettings, MoELayer
@@ -49,7 +49,7 @@ class ExpertsResult:
 def bench_experts(
     sizes: LayerSizes, taus: Sequence[float], *, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> ExpertsResult:
-    """Measure with weights and tokens at random. Raises ValueError for a tau that cannot be in balance."""
+    """Measure with weights and tokens at random. Raises RecipeError for a tau that cannot be in balance."""
     torch.manual_seed(0)
     settings = LayerSettings(RouterSettings(top_k=sizes.top_k), tau=1.0, seats=None)
     layer = random_layer(sizes, sizes.kinds, settings, dtype=dtype, device=device)
@@ -79,10 +79,9 @@ def _row(seconds: dict[str, dict[str, list[float]]], tau: float, ideal: float) -
 def experts_case(layer: MoELayer, routes: Routes, x_TD: Tensor) -> Graph:
     """Gradients of everything: the weights, the tokens, and the combine weights, by which the router learns."""
     x_TD, gate_N = (tensor.detach().requires_grad_() for tensor in (x_TD, routes.gate_N))
-    constants = () if layer.constants is None else layer.constants.parameters()
     return Graph(
         lambda: (layer.compute(x_TD, gate_N, routes.token_N, routes.expert_N, routes.plan),),
-        [x_TD, gate_N, *layer.experts.parameters(), *constants],
+        [x_TD, gate_N, *behind_router(layer)],
     )
 
 

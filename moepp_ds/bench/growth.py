@@ -45,7 +45,7 @@ class GrowthResult:
 def bench_growth(
     sizes: LayerSizes, tau: float, *, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> GrowthResult:
-    """Measure from `tokens` on. Raises ValueError for a tau that cannot be in balance."""
+    """Measure from `tokens` on. Raises RecipeError for a tau that cannot be in balance."""
     most = FACTORS[-1] * tokens
     grown = {
         "tokens": [(factor * tokens, sizes) for factor in FACTORS],

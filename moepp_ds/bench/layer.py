@@ -65,7 +65,7 @@ class LayerResult:
 def bench_layer(
     sizes: LayerSizes, tau: float, *, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> LayerResult:
-    """Measure every layer. Raises ValueError for a tau that cannot be in balance."""
+    """Measure every layer. Raises RecipeError for a tau that cannot be in balance."""
     cases = layer_cases(sizes, tau, tokens=tokens, dtype=dtype, device=device)
     seconds = measure(cases, repeats=repeats)
     return LayerResult(
@@ -121,7 +121,7 @@ def _seats(sizes: LayerSizes, kinds: ExpertKinds, tau: float) -> Callable[[int],
 
 
 def own_case(sizes: LayerSizes, tau: float, *, tokens: int, dtype: torch.dtype, device: torch.device) -> Graph:
-    """A MoE++ layer alone, its tokens routed in balance. Raises ValueError for a tau that cannot be in balance."""
+    """A MoE++ layer alone, its tokens routed in balance. Raises RecipeError for a tau that cannot be in balance."""
     torch.manual_seed(0)
     choices = [balanced_choices(sizes.kinds, tau=tau, tokens=tokens, top_k=sizes.top_k)]
     x_TD, (weight_ED,) = steered_tokens(choices, [sizes.kinds.total], hidden_size=sizes.hidden_size)

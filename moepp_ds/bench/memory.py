@@ -35,7 +35,7 @@ class MemoryResult:
 def bench_memory(
     sizes: LayerSizes, tau: float, *, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> MemoryResult:
-    """Run each layer of `bench layer` once in each direction. Raises ValueError for a tau that cannot be in balance."""
+    """Run the layers of `bench layer` once each way. Raises RecipeError for a tau that cannot be in balance."""
     cases = layer_cases(sizes, tau, tokens=tokens, dtype=dtype, device=device)
     layers = {name: case for name, case in cases.items() if not name.startswith("products")}
     peaks = {

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from pathlib import Path
 from statistics import median
+from textwrap import wrap
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from moepp_ds.bench.all2all import AllToAllResult
 from moepp_ds.bench.cases import DIRECTIONS, in_words
@@ -89,7 +91,7 @@ def _(result: StepResult) -> Figure:
 
 @draw.register
 def _(result: AllToAllResult) -> Figure:
-    return _bars(f"{result.world} ranks; {in_words(result.machine)}", "seconds", {"forward": result.seconds})
+    return _bars(f"{result.world} ranks; {in_words(result.machine)}", "seconds", result.seconds)
 
 
 def _bars(title: str, unit: str, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
@@ -101,7 +103,7 @@ def _bars(title: str, unit: str, panels: Mapping[str, Mapping[str, Sequence[floa
         axes.barh(list(cases), [middle for middle, _, _ in spans], xerr=spread, capsize=3)
         axes.invert_yaxis()
         axes.set(title=name.replace("_", " + "), xlabel=unit)
-    figure.suptitle(title)
+    _entitle(figure, title)
     return figure
 
 
@@ -115,9 +117,17 @@ def _curves(
             axes.plot(x, y, marker="o", linestyle="--" if label == "ideal" else "-", label=label.replace("_", " + "))
         if log:
             axes.set(xscale="log", yscale="log")
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.set_xticks(x, [f"{value:g}" for value in x], minor=False)
         axes.set(title=name, xlabel=x_name)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
+    _entitle(figure, title)
     return figure
+
+
+def _entitle(figure: Figure, title: str) -> None:
+    """Over the whole figure, in as many lines as its width asks for."""
+    wide = 12 * round(figure.get_figwidth())  # letters
+    figure.suptitle("\n".join(wrap(title, wide)), fontsize="medium")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moepp_ds.config import RecipeError
 from moepp_ds.dispatch import DispatchPlan, plan_dispatch
 from moepp_ds.kinds import ExpertKinds
 
@@ -40,11 +41,11 @@ def _evenly(total: int, parts: int) -> list[int]:
 def balanced_choices(kinds: ExpertKinds, *, tau: float, tokens: int, top_k: int, seed: int = 0) -> Tensor:
     """Tokens at random over the experts, each at `top_k` different ones, in balance: [T, K] int64, on the host.
 
-    Raises ValueError where an expert would need a token twice.
+    Raises RecipeError where an expert would need a token twice.
     """
     counts = balanced_counts(kinds, tau, tokens * top_k)
     if max(counts) > tokens:
-        raise ValueError(
+        raise RecipeError(
             f"tau {tau:g} gives one expert {max(counts)} of {tokens} tokens: with {kinds.num_zero_computation} "
             f"zero-computation experts and top {top_k} it is too small; use a larger tau"
         )
@@ -79,11 +80,11 @@ def steered_tokens(
 
     Every expert of every router has a direction of its own, at right angles to all others. A token is noise without
     these directions, plus its experts': its logits are K + 3 for the first choice, one less for each after, 0 for the
-    rest. Raises ValueError where there are more experts than directions.
+    rest. Raises RecipeError where there are more experts than directions.
     """
     total = sum(num_experts)
     if total > hidden_size:
-        raise ValueError(f"{total} experts need as many directions, but tokens have {hidden_size}; use a wider model")
+        raise RecipeError(f"{total} experts need as many directions, but tokens have {hidden_size}; use a wider model")
     tokens, top_k = choices[0].shape
     generator = torch.Generator().manual_seed(seed)
     direction_DE, _ = torch.linalg.qr(torch.randn(hidden_size, total, generator=generator))

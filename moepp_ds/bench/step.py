@@ -27,6 +27,7 @@ from moepp_ds.bench.on_ranks import take_turns_on_ranks
 from moepp_ds.bench.routes import balanced_choices
 from moepp_ds.bench.traffic import counting_assignments, counting_bytes
 from moepp_ds.config import (
+    MoEConfig,
     Recipe,
     RecipeError,
     journeys_of_an_assignment,
@@ -40,7 +41,15 @@ from moepp_ds.update import update
 
 OWN, VANILLA = "recipe", "vanilla twin"
 
-TWIN = ("num_zero=0", "num_copy=0", "num_constant=0", "tau=1.0", "gating_residual=false")
+TWIN = (
+    "num_zero=0",
+    "num_copy=0",
+    "num_constant=0",
+    "tau=1.0",
+    "gating_residual=false",
+    "balance=per_expert",
+    "controller=null",
+)
 """What makes a vanilla MoE of a recipe, below model.moe."""
 
 
@@ -90,6 +99,7 @@ def load_cases(
             f"{path} has {moe.num_zero_computation} zero-computation experts and top_k {moe.top_k}: what is measured "
             "is a MoE++ recipe with top_k beside its vanilla twin; give another one, or --set them"
         )
+    # routing is forced, so how it would be balanced is of no interest
     others = {VANILLA: [f"model.moe.{setting}" for setting in TWIN], **{setting: [setting] for setting in beside}}
     return {
         OWN: given,
@@ -129,19 +139,23 @@ def _engine(recipe: Recipe, ranks: Ranks) -> Any:
     tokens = recipe.train.micro_batch_size * recipe.data.seq_len
     layers = [module for module in engine.module.modules() if isinstance(module, MoELayer)]
     for number, layer in enumerate(layers):
-        _force(layer, tokens, ranks, seed=number * ranks.world + ranks.rank)
+        _force(layer, _aimed_tau(recipe.model.moe), tokens, ranks, seed=number * ranks.world + ranks.rank)
     return engine
 
 
-def _force(layer: MoELayer, tokens: int, ranks: Ranks, *, seed: int) -> None:
+def _aimed_tau(moe: MoEConfig) -> float:
+    """By which FFN experts get what this recipe aims at: its tau, or that of the controller's target."""
+    if moe.num_zero_computation == 0:
+        return 1.0
+    share = moe.mean_ffn_experts / moe.choices_per_token
+    return share * moe.num_zero_computation / (moe.num_ffn_experts * (1 - share))
+
+
+def _force(layer: MoELayer, tau: float, tokens: int, ranks: Ranks, *, seed: int) -> None:
     """Have the router of this layer choose experts in balance, whatever its scores are."""
     top_k = layer.settings.router.top_k
     assert top_k is not None
-    try:
-        expert_TK = balanced_choices(layer.kinds, tau=layer.settings.tau, tokens=tokens, top_k=top_k, seed=seed)
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
-    expert_TK = expert_TK.to(ranks.device)
+    expert_TK = balanced_choices(layer.kinds, tau=tau, tokens=tokens, top_k=top_k, seed=seed).to(ranks.device)
     layer.router._choose = lambda preference_TE, probability_TE: (expert_TK, None)  # type: ignore[method-assign]
 
 

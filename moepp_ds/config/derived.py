@@ -107,13 +107,13 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     Convention: a multiply and an add are two operations; matrix products alone are counted, so no norm,
     softmax, activation or optimizer; causal attention sees (seq_len + 1) / 2 positions on average, and
     attention that stops at document ends is counted like any other; all shared experts, and routed FFN experts at
-    `moe.mean_ffn_experts`; of a constant expert one score, how much more x than v counts, and v.
+    `moe.computed_ffn_experts`; of a constant expert one score, how much more x than v counts, and v.
     Forward and backward together are three times this.
     """
     moe, width, layers = model.moe, model.hidden_size, model.num_moe_layers
     queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     attention = model.num_layers * (4 * width * (queries + keys) + 2 * queries * (seq_len + 1))
-    experts = layers * (moe.mean_ffn_experts + moe.num_shared_experts) * 6 * width * model.expert_ffn_hidden_size
+    experts = layers * (moe.computed_ffn_experts + moe.num_shared_experts) * 6 * width * model.expert_ffn_hidden_size
     dense = (model.num_layers - layers) * 6 * width * model.ffn_hidden_size
     small = layers * (4 * width * moe.num_constant + 2 * width * moe.shared_expert_gate)
     return attention + 2 * _router_parameters(model) + experts + dense + small + 2 * width * model.vocab_size

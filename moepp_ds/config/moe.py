@@ -273,6 +273,14 @@ class MoEConfig(Section):
             return self.controller.target_ffn_experts
         return self.choices_per_token * self.ffn_share
 
+    @property
+    def computed_ffn_experts(self) -> float:
+        """Routed FFN experts that compute a token of a training step on average: no more than have seats."""
+        if self.capacity_factor is None:
+            return self.mean_ffn_experts
+        asked = (self.top_k or 1) if self.capacity_counts == "assignments" else 1
+        return min(self.mean_ffn_experts, self.capacity_factor * asked * self.ffn_share)
+
 
 def _by_rule(known: Mapping[str, Any]) -> dict[str, Any]:
     """What a null stands for, by field; `known` are the valid ones of the fields above it.

@@ -210,12 +210,15 @@ def rough_activations(recipe: Recipe, *, on_cpu: bool) -> int:
     width = BYTES_PER_NUMBER[train.precision]
     product, norm = (_product_width(train.precision), FP32) if on_cpu else (width, width)
     hidden, heads = model.hidden_size, (model.num_heads + model.num_kv_heads) * model.head_dim
+    all_heads = 4 * model.num_heads * model.head_dim  # queries, keys and values given to every head, and the result
     copies = 2 * hidden if product > width else 0  # queries, keys and values each widen their input
     attention: float = norm * (2 * hidden + (0 if model.qk_norm == "none" else 2) * heads)
-    attention += product * (2 * (hidden + heads) + copies)
-    used = model.moe.mean_ffn_experts + model.moe.num_shared_experts
+    attention += product * (2 * hidden + all_heads + copies)
+    shared = model.moe.num_shared_experts * 2 * model.expert_ffn_hidden_size + model.moe.shared_expert_gate * hidden
     expert: float = norm * 2 * hidden
-    expert += width * (hidden + used * (2 * hidden + 2 * model.expert_ffn_hidden_size))
+    expert += width * (hidden + shared)
+    expert += width * model.moe.computed_ffn_experts * 2 * (hidden + model.expert_ffn_hidden_size)
+    expert += FP32 * 2 * hidden * bool(model.moe.router.jitter)  # the noise, and tokens that it was multiplied with
     dense: float = norm * 2 * hidden + width * (hidden + 2 * model.ffn_hidden_size)
     moe = model.num_moe_layers
     experts = moe * expert + (model.num_layers - moe) * dense
