@@ -67,7 +67,7 @@ def linear(x: Tensor, weight_OX: Tensor) -> Tensor:
 
 
 def wide_linear(x_TX: Tensor, weight_OX: Tensor) -> Tensor:
-    """x weight^T in fp32 at least, [T, O]; for the backward pass x is kept as it is, not its wide copy."""
+    """x weight^T in fp32 at least, also under autocast, [T, O]; what is kept of x is x, not its wide copy."""
     return _WideLinear.apply(x_TX, weight_OX)
 
 
@@ -76,14 +76,16 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TX: Tensor, weight_OX: Tensor) -> Tensor:
         ctx.save_for_backward(x_TX, weight_OX)
         dtype = torch.promote_types(x_TX.dtype, torch.float32)
-        return x_TX.to(dtype) @ weight_OX.to(dtype).t()
+        with torch.autocast(x_TX.device.type, enabled=False):
+            return x_TX.to(dtype) @ weight_OX.to(dtype).t()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TO,) = gradients
         x_TX, weight_OX = ctx.saved_tensors
         of_x, of_weight = ctx.needs_input_grad
-        return (
-            (grad_TO @ weight_OX.to(grad_TO.dtype)).to(x_TX.dtype) if of_x else None,
-            (grad_TO.t() @ x_TX.to(grad_TO.dtype)).to(weight_OX.dtype) if of_weight else None,
-        )
+        with torch.autocast(x_TX.device.type, enabled=False):
+            return (
+                (grad_TO @ weight_OX.to(grad_TO.dtype)).to(x_TX.dtype) if of_x else None,
+                (grad_TO.t() @ x_TX.to(grad_TO.dtype)).to(weight_OX.dtype) if of_weight else None,
+            )

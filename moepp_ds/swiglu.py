@@ -1,8 +1,9 @@
 """SwiGLU experts one after the other: E(x) = (silu(x W_gate) * (x W_up)) W_down on consecutive blocks of rows.
 
 On a CPU such a layer is bound by its matrix products as long as nothing else touches memory twice. So everything of
-one expert happens while its block is in the cache, products write where their result belongs, and of the forward pass
-only the products before the activation are kept: the activation is computed again in the backward pass.
+one expert happens while its block is in the cache, products write where their result belongs (or, where another library
+is faster, are copied there), and of the forward pass only the products before the activation are kept: the activation
+is computed again in the backward pass.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moepp_ds import products
-from moepp_ds.products import linear, multiply, product_dtype
+from moepp_ds.products import linear, multiply, product_dtype, wide_linear
 
 
 @pytest.fixture(params=[False, True], ids=["widened", "native"])
@@ -103,3 +103,26 @@ def test_on_amd_fp32_is_multiplied_by_onednn(monkeypatch: pytest.MonkeyPatch) ->
             multiply(x_TD, x_TD.t())
         names = {event.key for event in found.key_averages()}
         assert ("mkldnn::_linear_pointwise" in names) == enabled == ("aten::mm" not in names)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_wide_product_is_not_rounded_and_keeps_its_input_as_it_is(dtype: torch.dtype, autocast: bool) -> None:
+    x_TX, weight_OX = (whole_numbers(*shape, seed=0).to(dtype).requires_grad_() for shape in ((40, 64), (3, 64)))
+    grad_TO = whole_numbers(40, 3, seed=1).double() / 16
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with hooks:
+            out_TO = wide_linear(x_TX, weight_OX)
+        of_x_TX, of_weight_OX = torch.autograd.grad(out_TO, (x_TX, weight_OX), grad_TO.to(out_TO.dtype))
+    assert out_TO.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(out_TO.double(), x_TX.double() @ weight_OX.double().t())
+    assert torch.equal(of_x_TX, (grad_TO @ weight_OX.double()).to(dtype))
+    assert torch.equal(of_weight_OX, (grad_TO.t() @ x_TX.double()).to(dtype))
+    assert [(tensor.dtype, tensor.shape) for tensor in kept] == [(dtype, x_TX.shape), (dtype, weight_OX.shape)]
