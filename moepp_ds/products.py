@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moepp_ds.blocks import row_blocks
 
 
 @lru_cache(maxsize=None)
@@ -76,16 +79,25 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TX: Tensor, weight_OX: Tensor) -> Tensor:
         ctx.save_for_backward(x_TX, weight_OX)
         dtype = torch.promote_types(x_TX.dtype, torch.float32)
+        wide_OX, out_TO = weight_OX.to(dtype), x_TX.new_empty(len(x_TX), len(weight_OX), dtype=dtype)
         with torch.autocast(x_TX.device.type, enabled=False):
-            return x_TX.to(dtype) @ weight_OX.to(dtype).t()
+            for at in row_blocks(x_TX.shape, x_TX.device):
+                torch.mm(x_TX[at].to(dtype), wide_OX.t(), out=out_TO[at])
+        return out_TO
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TO,) = gradients
         x_TX, weight_OX = ctx.saved_tensors
         of_x, of_weight = ctx.needs_input_grad
+        wide_OX = weight_OX.to(grad_TO.dtype)
+        of_x_TX = torch.empty_like(x_TX) if of_x else None
+        of_weight_OX = torch.zeros_like(wide_OX) if of_weight else None
         with torch.autocast(x_TX.device.type, enabled=False):
-            return (
-                (grad_TO @ weight_OX.to(grad_TO.dtype)).to(x_TX.dtype) if of_x else None,
-                (grad_TO.t() @ x_TX.to(grad_TO.dtype)).to(weight_OX.dtype) if of_weight else None,
-            )
+            for at in row_blocks(x_TX.shape, x_TX.device):
+                if of_x_TX is not None:
+                    of_x_TX[at] = grad_TO[at] @ wide_OX
+                if of_weight_OX is not None:
+                    of_weight_OX.addmm_(grad_TO[at].t(), x_TX[at].to(grad_TO.dtype))
+        return of_x_TX, None if of_weight_OX is None else of_weight_OX.to(weight_OX.dtype)
