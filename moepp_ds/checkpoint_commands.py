@@ -34,7 +34,7 @@ def list_(
 ) -> None:
     """List a run's checkpoints, the oldest first: what is seen to be wrong, and which one `--resume auto` takes.
 
-    [latest]: the file `latest` names it. [resumed]: `--resume auto` takes it. Reads indexes and the sizes of files;
+    latest: the file `latest` names it; next: `--resume auto` goes on from it. Reads indexes and the sizes of files;
     `moepp checkpoint verify RUN --all` reads every byte.
     """
     from moepp_ds.checkpoint.choices import choices_under, glance, named_by_latest, root_of, step_folders
@@ -60,7 +60,7 @@ def list_(
             f"{found.step:,}",
             "?" if found.tokens is None else f"{found.tokens:,}",
             f"{found.bytes:,}",
-            " ".join(f"[{said}]" for at, said in ((latest, "latest"), (taken, "resumed")) if at == found.folder),
+            ", ".join(said for at, said in ((latest, "latest"), (taken, "next")) if at == found.folder),
             "complete" if found.problem is None else f"damaged: {_without_advice(found.problem)}",
         )
         for found in seen

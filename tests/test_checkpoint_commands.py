@@ -166,7 +166,7 @@ def test_list(tmp_path: Path) -> None:
         *head,
         ["2", "200", size[0], "complete"],
         ["5", "500", size[1], "complete"],
-        ["7", "700", size[2], "[latest] [resumed]", "complete"],
+        ["7", "700", size[2], "latest, next", "complete"],
         ["9", "900", size[3], "complete"],
     ]
     whole = (seven / PART).stat().st_size
@@ -176,8 +176,8 @@ def test_list(tmp_path: Path) -> None:
     (root / ".step-00000008.partial/file").write_bytes(b"12345")
     assert listed(root)[2:] == [
         ["2", "200", size[0], "complete"],
-        ["5", "500", size[1], "[resumed]", "complete"],
-        ["7", "700", size[2], "[latest]", f"damaged: {seven / PART} has 77 bytes instead of {whole}"],
+        ["5", "500", size[1], "next", "complete"],
+        ["7", "700", size[2], "latest", f"damaged: {seven / PART} has 77 bytes instead of {whole}"],
         ["9", "?", f"{(nine / PART).stat().st_size:,}", f"damaged: {nine} is no checkpoint: it holds no index.json"],
         [f"being written or deleted, or left over: {root / '.step-00000008.partial'}", "5 bytes"],
     ]
