@@ -170,6 +170,7 @@ def flop_counter() -> FlopCounterMode:
         custom_mapping={
             aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
             aten._grouped_mm: _grouped_flops,
+            aten.addmm_: _added_flops,
             torch.ops.mkldnn._linear_pointwise: _linear_flops,
         },
     )
@@ -183,6 +184,11 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *arg
 def _grouped_flops(rows: torch.Size, weight: torch.Size, *args: Any, **kwargs: Any) -> int:
     """Of R rows, each multiplied by one of E matrices: shapes [R, X] and [E, X, O]."""
     return 2 * rows[0] * weight[1] * weight[2]
+
+
+def _added_flops(onto: torch.Size, left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:
+    """Of a product that is added in place. Shapes [X, O], [X, Y] and [Y, O]."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _linear_flops(left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:

@@ -166,7 +166,7 @@ CHANGED = {
         -2 * (3 * 8 + 3 * 8) - (49 - 16) + 2 * 384,
         2 * (-2 * (3 * 8 + 2 * 8) - (49 - 16) + 2 * 384),  # of a constant expert the difference of two scores
     ),
-    "a target": ({"moe.controller": {"target_ffn_experts": 2.0}}, 0, 2 * 384, 2 * 2 * 384),
+    "a target": ({"moe.controller": {"target_ffn_experts": 2.0}}, 0, 2 * 384, 2 * 2 * 384 / 10),  # seats for 1.1
     "a threshold": ({"moe.router.threshold": 0.5, "moe.capacity_factor": 4.0}, 0, 2 * 384, 2 * 2 * 384),
 }
 
