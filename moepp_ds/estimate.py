@@ -18,13 +18,7 @@ from typing import Any
 
 import torch
 
-from moepp_ds.config import (
-    Recipe,
-    RecipeError,
-    count_parameters,
-    flops_per_token,
-    journeys_of_an_assignment,
-)
+from moepp_ds.config import Recipe, RecipeError, count_parameters, flops_per_token, journeys_of_an_assignment
 from moepp_ds.ds_config import deepspeed_config
 from moepp_ds.load import default_device
 from moepp_ds.memory.check import table

@@ -39,12 +39,7 @@ def draw(result: object) -> Figure:
 
 @draw.register
 def _(result: ExpertsResult) -> Figure:
-    measured = {"ideal": [], "forward": [], "forward + backward": []}  # type: dict[str, list[float]]
-    for row in result.rows:
-        for values, value in zip(measured.values(), (row.ideal, row.measured, row.measured_backward)):
-            values.append(value)
-    title = f"times as fast as the vanilla twin; {in_words(result.machine)}"
-    return _curves(title, {"experts": ("tau", [row.tau for row in result.rows], measured)}, log=True)
+    return _speedups(result, "tau", [row.tau for row in result.rows], log=True)
 
 
 @draw.register
@@ -74,14 +69,7 @@ def _(result: GrowthResult) -> Figure:
 
 @draw.register
 def _(result: TrainedResult) -> Figure:
-    rows = result.rows
-    lines = {
-        "ideal": [row.ideal for row in rows],
-        "forward": [row.measured for row in rows],
-        "forward + backward": [row.measured_backward for row in rows],
-    }
-    title = f"times as fast as the vanilla twin; {in_words(result.machine)}"
-    return _curves(title, {"experts": ("MoE layer", [row.layer for row in rows], lines)}, log=False)
+    return _speedups(result, "MoE layer", [row.layer for row in result.rows], log=False)
 
 
 @draw.register
@@ -92,6 +80,17 @@ def _(result: StepResult) -> Figure:
 @draw.register
 def _(result: AllToAllResult) -> Figure:
     return _bars(f"{result.world} ranks; {in_words(result.machine)}", "seconds", result.seconds)
+
+
+def _speedups(result: ExpertsResult | TrainedResult, x_name: str, x: Sequence[float], *, log: bool) -> Figure:
+    """What was reached over the vanilla twin beside the ideal, a point for each row."""
+    lines = {
+        "ideal": [row.ideal for row in result.rows],
+        "forward": [row.measured for row in result.rows],
+        "forward + backward": [row.measured_backward for row in result.rows],
+    }
+    title = f"times as fast as the vanilla twin; {in_words(result.machine)}"
+    return _curves(title, {"experts": (x_name, x, lines)}, log=log)
 
 
 def _bars(title: str, unit: str, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:

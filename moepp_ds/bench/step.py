@@ -26,13 +26,7 @@ from moepp_ds.bench.cases import in_words, machine
 from moepp_ds.bench.on_ranks import take_turns_on_ranks
 from moepp_ds.bench.routes import balanced_choices
 from moepp_ds.bench.traffic import counting_assignments, counting_bytes
-from moepp_ds.config import (
-    MoEConfig,
-    Recipe,
-    RecipeError,
-    journeys_of_an_assignment,
-    load_recipe,
-)
+from moepp_ds.config import MoEConfig, Recipe, RecipeError, journeys_of_an_assignment, load_recipe
 from moepp_ds.engine import Ranks, build_engine
 from moepp_ds.memory.plan import BYTES_PER_NUMBER
 from moepp_ds.moe_layer import MoELayer
