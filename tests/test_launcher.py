@@ -224,6 +224,7 @@ def test_train_sh_completes(train_sh: Start) -> None:
 def test_train_sh_stops_cleanly_under_the_real_launcher(train_sh: Start) -> None:
     run = train_sh(SAVING="3")
     run.until_training()
+    assert b"GLIBC_TUNABLES=glibc.malloc.tcache_count=0" in Path(f"/proc/{run.rank_pid(1)}/environ").read_bytes()
     run.process.terminate()
     assert run.code() == STOPPED
     assert run.state() == "stopped"

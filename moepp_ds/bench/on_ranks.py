@@ -12,7 +12,7 @@ import torch.distributed as dist
 from moepp_ds.agreement import AgreedError, gather
 from moepp_ds.config import RecipeError
 from moepp_ds.engine import Ranks, join_ranks
-from moepp_ds.freed_memory import keep_freed_memory
+from moepp_ds.freed_memory import keep_freed_memory, unsplit_memory
 from moepp_ds.supervisor.hosts import free_port
 from moepp_ds.timing import seconds_of, take_turns
 
@@ -38,6 +38,7 @@ def on_ranks(count: int) -> Iterator[Ranks]:
 def _start_ranks(count: int) -> None:
     # With more threads than cores ranks wait for one another inside every product.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.update(unsplit_memory(os.environ))
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(count)]
     options = ["--master_port", str(free_port()), "--no_local_rank", "--module", "moepp_ds"]
     sys.stdout.flush()

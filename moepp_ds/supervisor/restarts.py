@@ -23,6 +23,7 @@ from pathlib import Path
 
 from data_pipeline.locks import holder, is_free
 from moepp_ds.config import RecipeError
+from moepp_ds.freed_memory import unsplit_memory
 from moepp_ds.output import print_line
 from moepp_ds.status import time_now, write_status
 from moepp_ds.supervisor.attempt import read_record
@@ -59,6 +60,7 @@ def supervise(rules: Rules, command: Command, roll: Roll | None = None) -> int:
     stop.listen()
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     environment |= {"MOEPP_SUPERVISOR_PID": str(os.getpid()), RUN_VARIABLE: _mark(rules, roll)}
+    environment |= unsplit_memory(environment)
     latest = rules.run_dir / "checkpoints" / "latest"
     before, best, failures = stamp(latest), steps_done(rules.run_dir), 0
     resume = rules.resume
