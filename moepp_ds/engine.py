@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -74,6 +75,8 @@ def join_ranks(*, timeout: int = COLLECTIVE_TIMEOUT) -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(local_rank)
+    # DeepSpeed's call, on every rank at every start; nothing a user could do about it
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
     if not dist.is_initialized():
         deepspeed.init_distributed(
             dist_backend=accelerator.communication_backend_name(), timeout=timedelta(seconds=timeout), verbose=False

@@ -17,7 +17,6 @@ from __future__ import annotations
 import atexit
 import os
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -278,8 +277,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     stop = StopSignal()
     keep_freed_memory()
-    # DeepSpeed's call, on every rank at every start; nothing a user could do about it
-    warnings.filterwarnings("ignore", ".*all_gather_into_tensor. is deprecated", FutureWarning)
     options = train_parser().parse_args(arguments)
     try:
         recipe = load_recipe(options.recipe, options.set)
